@@ -1,0 +1,54 @@
+// Chooses the row kernels at run time from what the processor can do.
+#include <cstdlib>
+#include <cstring>
+
+#include "row_kernels.h"
+
+namespace tiedkl::cpu {
+namespace {
+
+enum class Capability { kDefault, kAvx2, kAvx512 };
+
+Capability detect() {
+#if defined(TIEDKL_X86)
+  const char* wish = std::getenv("TIEDKL_CPU_CAPABILITY");
+  const bool allow_avx512 = !wish || std::strcmp(wish, "avx512") == 0;
+  const bool allow_avx2 = allow_avx512 || std::strcmp(wish, "avx2") == 0;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  if (avx512 && allow_avx512) return Capability::kAvx512;
+  if (avx2 && allow_avx2) return Capability::kAvx2;
+#endif
+  return Capability::kDefault;
+}
+
+Capability capability() {
+  static const Capability c = detect();
+  return c;
+}
+
+}  // namespace
+
+const char* row_kernel_capability() {
+  switch (capability()) {
+    case Capability::kAvx512: return "AVX512";
+    case Capability::kAvx2: return "AVX2";
+    default: return "DEFAULT";
+  }
+}
+
+template <typename T>
+const RowKernels<T>& row_kernels() {
+#if defined(TIEDKL_X86)
+  if (capability() == Capability::kAvx512) return AVX512::table<T>();
+  if (capability() == Capability::kAvx2) return AVX2::table<T>();
+#endif
+  return DEFAULT::table<T>();
+}
+
+template const RowKernels<float>& row_kernels<float>();
+template const RowKernels<double>& row_kernels<double>();
+
+}  // namespace tiedkl::cpu

@@ -1,0 +1,330 @@
+// Row kernels: softmax statistics of a block of logits, its divergence from the similarity rows, and its gradient in place.
+//
+// Reference: tiedkl/reference.py. Compiled once per instruction set with CPU_CAPABILITY set; dispatch.cpp picks one. A row is
+// walked in chunks that stay in the L1 cache; lanes are summed in float within a chunk and in double across chunks, in a fixed
+// order, so results do not depend on the thread count and are the same in every run.
+//
+//   statistics   read z:                  m, sum e^(z-m), sum e^((z-m)/tau), sum e^(z-m)(z-m)     2 exponentials
+//   gradient     read z, s, q, write G:   p = e^(z-max)/sum,  x = (z-s)/tau + (ls-lt) = -delta,   2 exponentials
+//                KL += q (expm1(x) - x),  G = g (p (1 + 2 lam l1) - eps/V + (alpha/tau) q expm1(x))
+#include "row_kernels.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "vec_math.h"
+
+namespace tiedkl::cpu::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kChunk = 2048;  // columns
+constexpr double kFloor = -87.0;  // smallest exponent that float's 2^n can hold; below it a probability counts as e^-87
+
+template <typename T>
+double lane_sum(const Vec<T>& v) {
+  T lanes[Vec<T>::size()];
+  v.store(lanes);
+  double total = 0;
+  for (T x : lanes) total += x;
+  return total;
+}
+
+template <typename T>
+T lane_max(const Vec<T>& v) {
+  T lanes[Vec<T>::size()];
+  v.store(lanes);
+  return *std::max_element(lanes, lanes + Vec<T>::size());
+}
+
+// Calls body(offset, lanes) over [0, n) in whole vectors and one partial one. (if-constexpr on a full vector stays cheap.)
+template <typename T, typename Body>
+inline void for_vectors(int64_t n, const Body& body) {
+  constexpr int64_t W = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, std::integral_constant<int, 0>{});
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// A lane count that is zero at compile time means a whole vector.
+template <typename T>
+inline Vec<T> load(const T* p, std::integral_constant<int, 0>) {
+  return Vec<T>::loadu(p);
+}
+template <typename T>
+inline Vec<T> load(const T* p, int lanes) {
+  return Vec<T>::loadu(p, lanes);
+}
+template <typename T>
+inline void store(const Vec<T>& v, T* p, std::integral_constant<int, 0>) {
+  v.store(p);
+}
+template <typename T>
+inline void store(const Vec<T>& v, T* p, int lanes) {
+  v.store(p, lanes);
+}
+// Lanes past the end replaced by `fill`.
+template <typename T>
+inline Vec<T> keep(const Vec<T>& v, T, std::integral_constant<int, 0>) {
+  return v;
+}
+template <typename T>
+inline Vec<T> keep(const Vec<T>& v, T fill, int lanes) {
+  return Vec<T>::set(Vec<T>(fill), v, lanes);
+}
+
+template <typename T>
+T row_max(const T* x, int64_t n) {
+  Vec<T> m{std::numeric_limits<T>::lowest()};
+  for_vectors<T>(n, [&](int64_t i, auto lanes) {
+    // the running maximum second: a NaN on the left is dropped here and shows in the sums instead
+    m = at::vec::clamp_min(keep(load(x + i, lanes), std::numeric_limits<T>::lowest(), lanes), m);
+  });
+  return lane_max(m);
+}
+
+// z <- softcap(z + bias)
+template <typename T>
+void prepare(T* z, const T* bias, int64_t n, double softcap) {
+  for_vectors<T>(n, [&](int64_t i, auto lanes) {
+    Vec<T> v = load(z + i, lanes);
+    if (bias) v = v + load(bias + i, lanes);
+    if (softcap != 0.0) v = Vec<T>(T(softcap)) * (v / Vec<T>(T(softcap))).tanh();
+    store(v, z + i, lanes);
+  });
+}
+
+template <typename T>
+void teacher_row(const T* s, int64_t n, T inv_t, TeacherState& state) {
+  for (int64_t c = 0; c < n; c += kChunk) {
+    const int64_t len = std::min(kChunk, n - c);
+    const double top = row_max(s + c, len) * inv_t;  // representable in T, as the lanes subtract it in T
+    if (top > state.m) rebase(state, top);
+    const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
+    Vec<T> sum{T(0)};
+    for_vectors<T>(len, [&](int64_t i, auto lanes) {
+      const Vec<T> d = at::vec::clamp_min(at::vec::fmadd(load(s + c + i, lanes), it, m.neg()), floor);
+      sum = sum + keep(exp_bounded(d), T(0), lanes);
+    });
+    state.sum += lane_sum(sum);
+  }
+}
+
+// The similarity target of one row: q = e^(s/tau - ls).
+template <typename T>
+void teacher_probabilities(const T* s, int64_t n, T inv_t, const TeacherState& state, T* q) {
+  const Vec<T> m{T(state.m)}, it{inv_t}, inv{T(1.0 / state.sum)}, floor{T(kFloor)};
+  for_vectors<T>(n, [&](int64_t i, auto lanes) {
+    const Vec<T> d = at::vec::clamp_min(at::vec::fmadd(load(s + i, lanes), it, m.neg()), floor);
+    store(exp_bounded(d) * inv, q + i, lanes);
+  });
+}
+
+// Add columns [0, n) of one row to its state; `skip` (the target's column) is left out when it lies inside.
+template <typename T, bool kKL>
+void token_stats(T* z, int64_t n, int64_t skip, const LossParams& p, TokenState& state) {
+  const T inv_t = T(1.0 / p.temperature);
+  if (p.label_smoothing != 0.0) {
+    Vec<T> total{T(0)};
+    for (int64_t c = 0; c < n; c += kChunk) {
+      total = Vec<T>(T(0));
+      for_vectors<T>(std::min(kChunk, n - c), [&](int64_t i, auto lanes) { total = total + keep(load(z + c + i, lanes), T(0), lanes); });
+      state.total += lane_sum(total);
+    }
+  }
+  const bool inside = skip >= 0 && skip < n;
+  const T saved = inside ? z[skip] : T(0);
+  if (inside) {
+    state.zy = saved;
+    z[skip] = std::numeric_limits<T>::lowest();
+  }
+  for (int64_t c = 0; c < n; c += kChunk) {
+    const int64_t len = std::min(kChunk, n - c);
+    const double top = row_max(z + c, len);
+    if (top > state.m) rebase(state, top, inv_t);
+    const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
+    Vec<T> sum{T(0)}, sum_t{T(0)}, weighted{T(0)};
+    for_vectors<T>(len, [&](int64_t i, auto lanes) {
+      const Vec<T> d = at::vec::clamp_min(load(z + c + i, lanes) - m, floor);
+      const Vec<T> e = keep(exp_bounded(d), T(0), lanes);
+      sum = sum + e;
+      weighted = at::vec::fmadd(e, d, weighted);
+      if constexpr (kKL) sum_t = sum_t + keep(exp_bounded(at::vec::clamp_min((load(z + c + i, lanes) - m) * it, floor)), T(0), lanes);
+    });
+    state.sum += lane_sum(sum);
+    state.weighted += lane_sum(weighted);
+    if constexpr (kKL) state.sum_t += lane_sum(sum_t);
+  }
+  if (inside) z[skip] = saved;
+}
+
+template <typename T>
+struct GradientRow {
+  T* z;            // (n) logits in, G out
+  const T* s;      // (n) similarities; s and q are unused without KL
+  const T* q;      // (n)
+  T* a;            // (n) target gradient accumulator
+  int64_t n, skip;  // skip: the target's column, or outside [0, n)
+  double g, n_vocab;
+};
+
+// KL and/or G of one row whose statistics are complete.
+template <typename T, bool kKL, bool kWrite, bool kCap, bool kTarget>
+void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherState* teacher, TokenState& token) {
+  const double inv_t = 1.0 / p.temperature;
+  const double coef_r = row.g * p.alpha * inv_t;                                       // (alpha/tau)(r - q)
+  const double coef_p = row.g * token.inv_sum * (1.0 + 2.0 * p.z_loss * token.lse);  // p
+  const double constant = row.g * p.label_smoothing / row.n_vocab;
+  const double offset = kKL ? teacher->lse - token.lse_t : 0.0;
+  const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cr{T(coef_r)}, eps{T(-constant)}, off{T(offset)};
+  const Vec<T> floor{T(kFloor)}, limit{T(kDeltaDirect)}, inv_cap{T(kCap ? 1.0 / p.softcap : 0.0)}, g{T(row.g)}, one{T(1)};
+  const bool inside = row.skip >= 0 && row.skip < row.n;
+  double zy_share = 0.0;  // (alpha/tau)(r - q) at the target
+  const T zy = inside ? row.z[row.skip] : T(0);
+  double kl = 0;
+  for (int64_t c = 0; c < row.n; c += kChunk) {
+    const int64_t len = std::min(kChunk, row.n - c);
+    T* z = row.z + c;
+    const T *s = row.s + c, *q = row.q + c;
+    T* a = row.a + c;
+    Vec<T> kl_sum{T(0)};
+    for_vectors<T>(len, [&](int64_t i, auto lanes) {
+      const Vec<T> zi = load(z + i, lanes);
+      Vec<T> r_minus_q{T(0)};
+      if constexpr (kKL) {
+        const Vec<T> x = keep(at::vec::fmadd(zi - load(s + i, lanes), it, off), T(0), lanes);
+        const Vec<T> qi = keep(load(q + i, lanes), T(0), lanes);
+        Vec<T> excess;
+        if ((x.abs() < limit).zero_mask() == 0) {
+          const Expm1<T> e = expm1_bounded(x);
+          r_minus_q = qi * e.value;
+          excess = qi * e.excess;
+          if constexpr (kTarget) store(at::vec::fmadd(g.neg(), x, load(a + i, lanes)), a + i, lanes);
+        } else {
+          T xs[Vec<T>::size()], qs[Vec<T>::size()], zs[Vec<T>::size()], rq[Vec<T>::size()], ex[Vec<T>::size()];
+          x.store(xs), qi.store(qs), zi.store(zs);
+          const int count = lanes == 0 ? int(Vec<T>::size()) : int(lanes);
+          for (int k = 0; k < int(Vec<T>::size()); ++k) {
+            const Divergence d = k < count ? divergence(qs[k], -double(xs[k]), zs[k] * inv_t - token.lse_t) : Divergence{0.0, 0.0};
+            rq[k] = T(d.r_minus_q), ex[k] = T(d.excess);
+            if constexpr (kTarget) {
+              if (k < count && qs[k] > 0) a[i + k] -= T(row.g * xs[k]);
+            }
+          }
+          r_minus_q = Vec<T>::loadu(rq), excess = Vec<T>::loadu(ex);
+        }
+        kl_sum = kl_sum + excess;
+      }
+      if constexpr (kWrite) {
+        const Vec<T> prob = exp_bounded(at::vec::clamp_min(zi - m, floor));
+        Vec<T> grad = at::vec::fmadd(prob, cp, at::vec::fmadd(r_minus_q, cr, eps));
+        if constexpr (kCap) {
+          const Vec<T> u = zi * inv_cap;
+          grad = grad * (one - u * u);
+        }
+        store(grad, z + i, lanes);
+      }
+    });
+    if constexpr (kKL) kl += lane_sum(kl_sum);
+  }
+  if constexpr (kKL) {
+    if (p.alpha != 0.0) token.kl += kl;
+    if (inside) {
+      const double delta = (double(row.s[row.skip]) - double(zy)) * inv_t - offset;
+      zy_share = divergence(row.q[row.skip], delta, zy * inv_t - token.lse_t).r_minus_q * coef_r;
+    }
+  }
+  if (kWrite && inside) {
+    const double u = kCap ? zy / p.softcap : 0.0;
+    row.z[row.skip] = T((row.g * target_gradient(token, p, row.n_vocab) + zy_share) * (1.0 - u * u));
+  }
+}
+
+template <typename T>
+using GradientFn = void (*)(const GradientRow<T>&, const LossParams&, const TeacherState*, TokenState&);
+
+template <typename T>
+GradientFn<T> select_gradient(const LossParams& p, bool write) {
+  const bool kl = p.alpha != 0.0, cap = p.softcap != 0.0, target = kl && p.target_grad && write;
+  if (!kl) return cap ? gradient_row<T, false, true, true, false> : gradient_row<T, false, true, false, false>;
+  if (!write) return gradient_row<T, true, false, false, false>;
+  if (target) return cap ? gradient_row<T, true, true, true, true> : gradient_row<T, true, true, false, true>;
+  return cap ? gradient_row<T, true, true, true, false> : gradient_row<T, true, true, false, false>;
+}
+
+template <typename T>
+void teacher_stats(const Tile<T>& t, const LossParams& p) {
+  at::parallel_for(0, t.targets, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u]);
+  });
+}
+
+// T_u over s: (alpha/tau) q_u (sum_n g_n delta_n - sum_n g_n KL_n).
+template <typename T>
+void write_target_gradient(T* s, const T* q, const T* a, int64_t n, const LossParams& p, double g_kl) {
+  const Vec<T> k{T(g_kl)}, coef{T(p.alpha / p.temperature)};
+  for_vectors<T>(n, [&](int64_t i, auto lanes) {
+    store(coef * load(q + i, lanes) * (load(a + i, lanes) - k), s + i, lanes);
+  });
+}
+
+template <typename T>
+void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientFn<T> gradient, int64_t n, int64_t u, const T* q, T* a) {
+  T* z = t.z + n * t.ldz;
+  TokenState& token = t.token[n];
+  const int64_t skip = t.y[n] - t.v0;
+  const bool kl = p.alpha != 0.0;
+  if ((stages & kPrepare) && (t.bias || p.softcap != 0.0)) prepare(z, t.bias, t.cols, p.softcap);
+  if (stages & kStats) kl ? token_stats<T, true>(z, t.cols, skip, p, token) : token_stats<T, false>(z, t.cols, skip, p, token);
+  if (stages & kFinish) {
+    const TokenTerms terms = finish_token(token, p, double(t.n_vocab));
+    t.ce[n] = T(terms.ce), t.entropy[n] = T(terms.entropy), t.correct[n] = T(terms.correct);
+  }
+  const bool write = stages & kGradient;
+  if (write || (kl && (stages & kDivergence))) {
+    const double known = token.kl;
+    const T* s = kl ? t.s + u * t.lds : z;
+    gradient({z, s, q ? q : z, a ? a : z, t.cols, skip, write ? t.g[n] : 0.0, double(t.n_vocab)}, p, kl ? t.teacher + u : nullptr, token);
+    if (!(stages & kDivergence)) token.kl = known;
+  }
+}
+
+template <typename T>
+void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
+  const bool kl = p.alpha != 0.0, write = stages & kGradient, compare = kl && (write || (stages & kDivergence));
+  const bool target = compare && write && p.target_grad;
+  const GradientFn<T> gradient = select_gradient<T>(p, write);
+  // Rows of one target stay together where they add up to a target gradient; otherwise rows are split evenly.
+  const int64_t items = target ? t.targets : t.rows;
+  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    T* q = compare ? t.q + at::get_thread_num() * t.cols : nullptr;
+    T* a = target ? t.a + at::get_thread_num() * t.cols : nullptr;
+    const int64_t first = target ? t.group[begin] : begin, last = target ? t.group[end] : end;
+    int64_t u = kl ? std::upper_bound(t.group, t.group + t.targets + 1, first) - t.group - 1 : 0;
+    bool fresh = true;
+    double g_kl = 0;
+    for (int64_t n = first; n < last; ++n) {
+      if (kl && n >= t.group[u + 1]) ++u, fresh = true;
+      if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u], q);
+      if (target && fresh) std::fill_n(a, t.cols, T(0)), g_kl = 0;
+      fresh = false;
+      token_row(t, p, stages, gradient, n, u, q, a);
+      if (!target) continue;
+      g_kl += t.g[n] * t.token[n].kl;
+      if (n + 1 == t.group[u + 1]) write_target_gradient(t.s + u * t.lds, q, a, t.cols, p, g_kl);
+    }
+  });
+}
+
+}  // namespace
+
+template <typename T>
+const RowKernels<T>& table() {
+  static const RowKernels<T> kernels{teacher_stats<T>, token_rows<T>};
+  return kernels;
+}
+
+template const RowKernels<float>& table<float>();
+template const RowKernels<double>& table<double>();
+
+}  // namespace tiedkl::cpu::CPU_CAPABILITY

@@ -1,0 +1,67 @@
+// The row kernels of the CPU: everything that happens to one block of logits between its matrix products.
+#pragma once
+
+#include <cstdint>
+
+#include "../row_math.h"
+
+namespace tiedkl::cpu {
+
+// One block of logits (rows tokens x cols vocabulary entries starting at v0) and the similarity rows that go with it.
+// T is float or double, the accumulation dtype.
+template <typename T>
+struct Tile {
+  T* z;               // (rows, ldz) raw logits in; gradient block G out when kGradient
+  int64_t ldz;
+  int64_t rows, cols, v0, n_vocab;
+  T* s;               // (targets, lds) raw similarities t[u] . t[v]; target-gradient block out when LossParams::target_grad
+  int64_t lds;
+  int64_t targets;
+  const int64_t* group;   // (targets + 1) rows of each distinct target: tokens of one target are adjacent
+  const int64_t* y;       // (rows) target ids
+  const T* bias;          // (cols) or null
+  const double* g;        // (rows) upstream weights, or null when no gradient is wanted
+  TokenState* token;      // (rows)
+  TeacherState* teacher;  // (targets)
+  T* ce;                  // (rows) outputs, set by kFinish; entropy and correct likewise
+  T* entropy;
+  T* correct;
+  T* q;  // scratch (threads, cols): one row of the similarity target
+  T* a;  // scratch (threads, cols): sum of g delta over one target's tokens (target_grad only)
+};
+
+// What to do with each row; a whole-vocabulary block does all of it while the row is in cache.
+constexpr unsigned kPrepare = 1;     // add the bias, apply the softcap
+constexpr unsigned kStats = 2;       // add the row to its TokenState
+constexpr unsigned kFinish = 4;      // close the statistics, write CE, entropy, correct
+constexpr unsigned kDivergence = 8;  // add the row's share of KL to TokenState::kl
+constexpr unsigned kGradient = 16;   // write G over z (and the target gradient over s)
+
+template <typename T>
+struct RowKernels {
+  void (*teacher_stats)(const Tile<T>&, const LossParams&);
+  void (*token_rows)(const Tile<T>&, const LossParams&, unsigned stages);
+};
+
+// The best kernels this processor can run; TIEDKL_CPU_CAPABILITY=default|avx2|avx512 lowers the choice.
+template <typename T>
+const RowKernels<T>& row_kernels();
+const char* row_kernel_capability();
+
+// One per translation unit, each compiled for its own instruction set.
+namespace DEFAULT {
+template <typename T>
+const RowKernels<T>& table();
+}
+#if defined(TIEDKL_X86)
+namespace AVX2 {
+template <typename T>
+const RowKernels<T>& table();
+}
+namespace AVX512 {
+template <typename T>
+const RowKernels<T>& table();
+}
+#endif
+
+}  // namespace tiedkl::cpu

@@ -1,0 +1,336 @@
+#include "driver.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/row_kernels.h"
+
+namespace tiedkl {
+namespace {
+
+using at::Tensor;
+
+// Valid tokens grouped by target, the groups in an order unrelated to frequency, so that every block holds about the same
+// number of distinct targets (vocabularies are often sorted by frequency).
+std::vector<int64_t> group_by_target(const Tensor& y) {
+  const int64_t n = y.size(0);
+  const int64_t* ids = y.const_data_ptr<int64_t>();
+  std::vector<std::pair<uint64_t, int64_t>> keyed;
+  keyed.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (ids[i] >= 0) keyed.emplace_back(uint64_t(ids[i]) * 0x9E3779B97F4A7C15ull, i);  // odd multiplier: one key per id
+  }
+  std::sort(keyed.begin(), keyed.end());
+  std::vector<int64_t> order(keyed.size());
+  for (size_t i = 0; i < keyed.size(); ++i) order[i] = keyed[i].second;
+  return order;
+}
+
+// Tokens order[begin, end) with their distinct targets.
+struct Block {
+  int64_t begin, end;
+  std::vector<int64_t> targets;  // ids
+  std::vector<int64_t> group;    // offsets from begin, one more than targets
+};
+
+std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t* y, const BlockSizes& sizes) {
+  std::vector<Block> blocks;
+  const int64_t n = order.size();
+  for (int64_t i = 0; i < n;) {
+    Block block{i, i, {}, {}};
+    for (; i < n && i - block.begin < sizes.tokens; ++i) {
+      if (block.targets.empty() || y[order[i]] != block.targets.back()) {
+        if (int64_t(block.targets.size()) == sizes.targets) break;
+        block.targets.push_back(y[order[i]]);
+        block.group.push_back(i - block.begin);
+      }
+    }
+    block.end = i;
+    block.group.push_back(i - block.begin);
+    blocks.push_back(std::move(block));
+  }
+  return blocks;
+}
+
+// Rows [begin, end) of a weight in the accumulation dtype. Full-precision weights are used in place.
+class Panels {
+ public:
+  Panels(const Tensor& weight, at::ScalarType acc, int64_t panel) : weight_(weight), acc_(acc), panel_(panel) {}
+  Tensor rows(int64_t begin, int64_t end) {
+    const Tensor view = weight_.slice(0, begin, end);
+    if (weight_.scalar_type() == acc_) return view;
+    if (!buffer_.defined()) buffer_ = at::empty({panel_, weight_.size(1)}, weight_.options().dtype(acc_));
+    const Tensor rows = buffer_.slice(0, 0, end - begin);
+    if (begin != begin_ || end != end_) rows.copy_(view);
+    begin_ = begin, end_ = end;
+    return rows;
+  }
+
+ private:
+  const Tensor weight_;
+  const at::ScalarType acc_;
+  const int64_t panel_;
+  Tensor buffer_;
+  int64_t begin_ = -1, end_ = -1;
+};
+
+template <typename T>
+class Walk {
+ public:
+  Walk(const Problem& p, const BlockSizes& sizes)
+      : p_(p),
+        sizes_(sizes),
+        params_(p.params),
+        acc_(p.h.options().dtype(c10::CppTypeToScalarType<T>::value)),
+        n_(p.h.size(0)),
+        v_(p.w.size(0)),
+        kl_(p.params.alpha != 0.0),
+        whole_(sizes.vocab >= p.w.size(0)),
+        grad_(p.g.has_value()),
+        teacher_grad_(kl_ && p.params.target_grad && grad_ && (p.t ? p.need_t : p.need_w)),
+        w_(p.w, acc_.dtype().toScalarType(), sizes.panel),
+        t_(p.t ? *p.t : p.w, acc_.dtype().toScalarType(), sizes.panel) {
+    params_.temperature = 1.0 / double(T(1.0 / params_.temperature));  // the 1/tau the row kernels multiply by
+  }
+
+  Result run() {
+    allocate();
+    const std::vector<int64_t> order = group_by_target(p_.y);
+    for (const Block& block : make_blocks(order, p_.y.const_data_ptr<int64_t>(), sizes_)) {
+      load(block, order);
+      if (whole_) {
+        whole_block(block);
+      } else {
+        tiled_block(block);
+      }
+      save(block, order);
+      first_ = false;
+    }
+    if (first_) {  // no valid token
+      for (const Tensor* d : {&out_.d_w, &out_.d_b, &out_.d_t}) {
+        if (d->defined()) d->zero_();
+      }
+    }
+    return out_;
+  }
+
+ private:
+  void allocate() {
+    const int64_t width = std::min(sizes_.vocab, v_), rows = std::min(sizes_.tokens, n_), d = p_.h.size(1);
+    const Tensor& t = p_.t ? *p_.t : p_.w;
+    const int64_t targets = std::min(sizes_.targets, rows), threads = at::get_num_threads();
+    out_.terms = at::zeros({5, n_}, acc_);
+    if (p_.need_h) out_.d_h = at::zeros({n_, d}, acc_);
+    if (p_.need_w) out_.d_w = at::empty({v_, d}, acc_);
+    if (p_.need_b) out_.d_b = at::empty({v_}, acc_);
+    if (p_.need_t && p_.t) out_.d_t = teacher_grad_ ? at::empty({v_, t.size(1)}, acc_) : at::zeros({v_, t.size(1)}, acc_);
+    z_ = at::empty({rows, width}, acc_);
+    h_ = at::empty({rows, d}, acc_);
+    if (p_.need_h) d_h_ = at::empty({rows, d}, acc_);
+    if (p_.need_b) ones_ = at::ones({rows}, acc_);
+    if (p_.b) bias_ = p_.b->to(acc_.dtype()).contiguous();
+    if (kl_) {
+      s_ = at::empty({targets, width}, acc_);
+      u_ = at::empty({targets, t.size(1)}, acc_);
+      q_ = at::empty({threads, width}, acc_);
+    }
+    if (teacher_grad_) {
+      a_ = at::empty({threads, width}, acc_);
+      d_u_ = at::empty({targets, t.size(1)}, acc_);
+    }
+    outputs_ = at::empty({3, rows}, acc_);
+  }
+
+  static Tensor index(const int64_t* ids, int64_t n) {
+    return at::from_blob(const_cast<int64_t*>(ids), {n}, at::TensorOptions().dtype(at::kLong));
+  }
+
+  // Gather the block's hidden states, weights and teacher vectors.
+  void load(const Block& block, const std::vector<int64_t>& order) {
+    const int64_t rows = block.end - block.begin, targets = block.targets.size();
+    const Tensor which = index(order.data() + block.begin, rows);
+    h_.slice(0, 0, rows).copy_(p_.h.index_select(0, which));
+    if (kl_) {
+      const Tensor& t = p_.t ? *p_.t : p_.w;
+      u_.slice(0, 0, targets).copy_(t.index_select(0, index(block.targets.data(), targets)));
+    }
+    y_.resize(rows), g_.assign(rows, 0.0);
+    const int64_t* y = p_.y.const_data_ptr<int64_t>();
+    const T* g = grad_ ? p_.g->const_data_ptr<T>() : nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      y_[i] = y[order[block.begin + i]];
+      if (grad_) g_[i] = g[order[block.begin + i]];
+    }
+    token_.assign(rows, TokenState{});
+    teacher_.assign(targets, TeacherState{});
+  }
+
+  void save(const Block& block, const std::vector<int64_t>& order) {
+    const int64_t rows = block.end - block.begin;
+    T* terms = out_.terms.template mutable_data_ptr<T>();
+    const T* o = outputs_.template const_data_ptr<T>();
+    const int64_t stride = outputs_.size(1);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t n = order[block.begin + i];
+      const double values[5] = {o[i], token_[i].kl, token_[i].lse, o[stride + i], o[2 * stride + i]};
+      for (int k = 0; k < 5; ++k) terms[k * n_ + n] = T(values[k]);
+    }
+    if (p_.need_h) out_.d_h.index_copy_(0, index(order.data() + block.begin, rows), d_h_.slice(0, 0, rows));
+  }
+
+  // Logits and similarities of vocabulary rows [v0, v1) into columns [v0 - at, v1 - at) of the block.
+  void products(const Block& block, int64_t v0, int64_t v1, int64_t at) {
+    const int64_t rows = block.end - block.begin, targets = block.targets.size();
+    for (int64_t a = v0; a < v1; a += sizes_.panel) {
+      const int64_t b = std::min(a + sizes_.panel, v1);
+      const Tensor w = w_.rows(a, b);
+      Tensor z = z_.slice(0, 0, rows).slice(1, a - at, b - at);
+      at::mm_out(z, h_.slice(0, 0, rows), w.t());
+      if (!kl_) continue;
+      Tensor s = s_.slice(0, 0, targets).slice(1, a - at, b - at);
+      at::mm_out(s, u_.slice(0, 0, targets), (p_.t ? t_.rows(a, b) : w).t());
+    }
+  }
+
+  void rows_kernel(const Block& block, int64_t v0, int64_t v1, unsigned stages) {
+    T* o = outputs_.template mutable_data_ptr<T>();
+    const int64_t stride = outputs_.size(1);
+    const auto data = [](Tensor& x) { return x.defined() ? x.template mutable_data_ptr<T>() : nullptr; };
+    const cpu::Tile<T> tile{data(z_),
+                            z_.size(1),
+                            block.end - block.begin,
+                            v1 - v0,
+                            v0,
+                            v_,
+                            data(s_),
+                            z_.size(1),
+                            int64_t(block.targets.size()),
+                            block.group.data(),
+                            y_.data(),
+                            bias_.defined() ? bias_.template const_data_ptr<T>() + v0 : nullptr,
+                            g_.data(),
+                            token_.data(),
+                            teacher_.data(),
+                            o,
+                            o + stride,
+                            o + 2 * stride,
+                            data(q_),
+                            data(a_)};
+    const cpu::RowKernels<T>& kernels = cpu::row_kernels<T>();
+    if (kl_ && (stages & cpu::kStats)) {
+      kernels.teacher_stats(tile, params_);
+      if (stages & cpu::kFinish) finish_teachers();
+    }
+    kernels.token_rows(tile, params_, stages);
+  }
+
+  void finish_teachers() {
+    for (TeacherState& state : teacher_) finish_teacher(state);
+  }
+
+  // d_h += G w, d_w = G^T h, d_b = sum G, and the target gradient's two products, for vocabulary rows [v0, v1).
+  void gradients(const Block& block, int64_t v0, int64_t v1, int64_t at, bool first_columns) {
+    const int64_t rows = block.end - block.begin, targets = block.targets.size();
+    const Tensor h = h_.slice(0, 0, rows);
+    for (int64_t a = v0; a < v1; a += sizes_.panel) {
+      const int64_t b = std::min(a + sizes_.panel, v1);
+      const Tensor grad = z_.slice(0, 0, rows).slice(1, a - at, b - at);
+      if (p_.need_h) {
+        Tensor d_h = d_h_.slice(0, 0, rows);
+        accumulate(d_h, grad, w_.rows(a, b), first_columns && a == v0);
+      }
+      if (p_.need_w) {
+        Tensor d_w = out_.d_w.slice(0, a, b);
+        accumulate(d_w, grad.t(), h, first_);
+      }
+      if (p_.need_b) {
+        Tensor d_b = out_.d_b.slice(0, a, b);
+        at::addmv_out(d_b, d_b, grad.t(), ones_.slice(0, 0, rows), first_ ? 0 : 1);
+      }
+      if (!teacher_grad_) continue;
+      const Tensor d_s = s_.slice(0, 0, targets).slice(1, a - at, b - at);
+      Tensor d_t = (p_.t ? out_.d_t : out_.d_w).slice(0, a, b);
+      accumulate(d_t, d_s.t(), u_.slice(0, 0, targets), p_.t ? first_ : false);
+      Tensor d_u = d_u_.slice(0, 0, targets);
+      accumulate(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+    }
+  }
+
+  // out = x y, added to what is there unless this is the first contribution
+  static void accumulate(Tensor& out, const Tensor& x, const Tensor& y, bool first) {
+    at::addmm_out(out, out, x, y, first ? 0 : 1);
+  }
+
+  // After every column of d_w (or d_t) holds this block's share: the rows of the targets themselves.
+  void add_target_rows(const Block& block) {
+    const int64_t targets = block.targets.size();
+    Tensor& d_t = p_.t ? out_.d_t : out_.d_w;
+    d_t.index_add_(0, index(block.targets.data(), targets), d_u_.slice(0, 0, targets));
+  }
+
+  // token_blocks: the block spans the vocabulary; logits are computed once and become their own gradient.
+  void whole_block(const Block& block) {
+    products(block, 0, v_, 0);
+    unsigned stages = cpu::kPrepare | cpu::kStats | cpu::kFinish | cpu::kDivergence;
+    if (grad_) stages |= cpu::kGradient;
+    rows_kernel(block, 0, v_, stages);
+    if (!grad_) return;
+    gradients(block, 0, v_, 0, true);
+    if (teacher_grad_) add_target_rows(block);
+  }
+
+  // vocab_blocks: one pass for the statistics, one that computes the logits again for the gradient.
+  void tiled_block(const Block& block) {
+    for_tiles([&](int64_t v0, int64_t v1) {
+      products(block, v0, v1, v0);
+      rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kStats | (v1 == v_ ? cpu::kFinish : 0));
+    });
+    const bool divergence_first = kl_ && (!grad_ || teacher_grad_);  // the target gradient needs each token's KL
+    if (divergence_first) {
+      for_tiles([&](int64_t v0, int64_t v1) {
+        products(block, v0, v1, v0);
+        rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kDivergence);
+      });
+    }
+    if (!grad_) return;
+    for_tiles([&](int64_t v0, int64_t v1) {
+      products(block, v0, v1, v0);
+      rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kGradient | (divergence_first ? 0 : cpu::kDivergence));
+      gradients(block, v0, v1, v0, v0 == 0);
+    });
+    if (teacher_grad_) add_target_rows(block);
+  }
+
+  template <typename Body>
+  void for_tiles(const Body& body) {
+    for (int64_t v0 = 0; v0 < v_; v0 += sizes_.vocab) body(v0, std::min(v0 + sizes_.vocab, v_));
+  }
+
+  const Problem& p_;
+  const BlockSizes sizes_;
+  LossParams params_;
+  const at::TensorOptions acc_;
+  const int64_t n_, v_;
+  const bool kl_, whole_, grad_, teacher_grad_;
+  bool first_ = true;  // no block has been added to d_w, d_b, d_t yet
+  Panels w_, t_;
+  Result out_;
+  Tensor z_, s_, h_, u_, q_, a_, d_h_, d_u_, ones_, bias_, outputs_;
+  std::vector<int64_t> y_;
+  std::vector<double> g_;
+  std::vector<TokenState> token_;
+  std::vector<TeacherState> teacher_;
+};
+
+}  // namespace
+
+Result walk(const Problem& problem, const BlockSizes& blocks) {
+  at::NoGradGuard no_grad;
+  return problem.h.scalar_type() == at::kDouble ? Walk<double>(problem, blocks).run() : Walk<float>(problem, blocks).run();
+}
+
+}  // namespace tiedkl

@@ -1,0 +1,120 @@
+// Row formulas that every native backend shares: what turns the sums of one row into losses and gradient coefficients.
+//
+// Plain scalar arithmetic in double, no torch and no vector headers, so that a host compiler, nvcc and a unit test can all
+// include it. The formulas are those of tiedkl/reference.py; comments here only say where the arithmetic differs.
+//
+// The target column y is kept out of the sums: with "others" = {v != y},
+//   1 - p_y = sum_others / (sum_others + e^(z_y - m))     is exact to rounding even when p_y is within an ulp of one, and
+//   l1 - z_y = log1p(sum_others)                          when z_y is the row maximum.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define TIEDKL_HD __host__ __device__ __forceinline__
+#else
+#define TIEDKL_HD inline
+#endif
+
+namespace tiedkl {
+
+// Beyond |log q - log r| of this, expm1 may overflow where q underflows: use r - q itself. Same as reference.py.
+constexpr double kDeltaDirect = 40.0;
+
+struct LossParams {
+  double temperature;
+  double alpha;  // 0: plain cross-entropy, no similarity target
+  double label_smoothing;
+  double z_loss;
+  double softcap;  // 0: none
+  bool target_grad;
+};
+
+// Running sums over the other columns of one token's row, relative to the running maximum m.
+struct TokenState {
+  double m = -std::numeric_limits<float>::max();  // max over v != y
+  double sum = 0;                                  // sum e^(z - m)
+  double sum_t = 0;                                // sum e^((z - m)/tau)
+  double weighted = 0;                             // sum e^(z - m) (z - m)
+  double total = 0;                                // sum z, over all columns (label smoothing only)
+  double zy = 0;
+  // Set by finish_token.
+  double max_all = 0;     // max over all columns
+  double inv_sum = 0;     // 1 / sum over all columns of e^(z - max_all)
+  double not_target = 0;  // 1 - p_y
+  double lse = 0;         // l1
+  double lse_t = 0;       // lt
+  double kl = 0;
+};
+
+// Bring the sums to a new, larger maximum.
+TIEDKL_HD void rebase(TokenState& s, double m, double inv_t) {
+  const double shift = s.m - m, scale = std::exp(shift);
+  s.weighted = scale == 0.0 ? 0.0 : scale * (s.weighted + shift * s.sum);
+  s.sum *= scale;
+  s.sum_t *= std::exp(shift * inv_t);
+  s.m = m;
+}
+
+// Running sums of one similarity row s, relative to its running maximum.
+struct TeacherState {
+  double m = -std::numeric_limits<float>::max();
+  double sum = 0;
+  double lse = 0;
+};
+
+TIEDKL_HD void rebase(TeacherState& s, double m) {
+  s.sum *= std::exp(s.m - m);
+  s.m = m;
+}
+
+TIEDKL_HD void finish_teacher(TeacherState& s) { s.lse = s.m + std::log(s.sum); }
+
+struct TokenTerms {
+  double ce, entropy, correct;
+};
+
+// Close the sums over one row of n_vocab columns. The sums are merged with the target column here.
+TIEDKL_HD TokenTerms finish_token(TokenState& s, const LossParams& p, double n_vocab) {
+  const bool correct = s.zy >= s.m;
+  const double inv_t = 1.0 / p.temperature;
+  const double max_all = correct ? s.zy : s.m;
+  if (max_all != s.m) rebase(s, max_all, inv_t);
+  const double at_y = std::exp(s.zy - max_all);
+  const double sum = s.sum + at_y;
+  const double log_sum = correct ? std::log1p(s.sum) : std::log(sum);
+  s.max_all = max_all;
+  s.inv_sum = 1.0 / sum;
+  s.not_target = s.sum / sum;
+  s.lse = max_all + log_sum;
+  s.lse_t = max_all * inv_t + std::log(s.sum_t + std::exp((s.zy - max_all) * inv_t));
+  const double eps = p.label_smoothing;
+  double ce = (1.0 - eps) * ((max_all - s.zy) + log_sum) + p.z_loss * s.lse * s.lse;
+  if (eps != 0.0) ce += eps * (s.lse - s.total / n_vocab);
+  const double expected = at_y == 0.0 ? s.weighted : s.weighted + at_y * (s.zy - max_all);
+  return {ce, log_sum - expected / sum, correct ? 1.0 : 0.0};
+}
+
+// The cross-entropy part of G at the target column, without the cancellation in p_y - 1.
+TIEDKL_HD double target_gradient(const TokenState& s, const LossParams& p, double n_vocab) {
+  const double p_y = 1.0 - s.not_target, eps = p.label_smoothing;
+  return (eps - s.not_target) + 2.0 * p.z_loss * s.lse * p_y - eps / n_vocab;
+}
+
+struct Divergence {
+  double excess;     // q (delta + expm1(-delta)), >= 0
+  double r_minus_q;  // q expm1(-delta)
+};
+
+// One column's share of KL(q || r), with delta = log q - log r of any size.
+TIEDKL_HD Divergence divergence(double q, double delta, double log_r) {
+  if (std::fabs(delta) < kDeltaDirect) {
+    const double e = std::expm1(-delta);
+    return {q * (e + delta), q * e};
+  }
+  const double r_minus_q = std::exp(log_r) - q;
+  return {(q > 0.0 ? q * delta : 0.0) + r_minus_q, r_minus_q};
+}
+
+}  // namespace tiedkl

@@ -1,0 +1,35 @@
+"""The specification as a backend: materialises several (N, V) matrices, runs anywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..plan import Plan, Tuning
+from ..problem import Grads, Needs, Problem, Terms
+
+TUNING = Tuning(
+    z_buffers=12,
+    s_buffers=0,
+    row_buffers=0,
+    token_block=1 << 62,
+    min_token_block=1,
+    min_vocab_block=1 << 62,
+    panel=1 << 62,
+)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Every device and floating dtype is supported."""
+    return None
+
+
+def forward(problem: Problem, plan: Plan) -> Terms:
+    """Per-token terms; the plan is ignored."""
+    return reference.forward(problem.to(problem.acc))
+
+
+def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
+    """Per-token terms and gradients; the plan is ignored."""
+    return reference.backward(problem.to(problem.acc), g, needs)

@@ -1,0 +1,134 @@
+"""Which strategy, which block sizes, how much scratch: arithmetic on shapes and a budget, no tensors.
+
+The walk covers the (N, V) rectangle in blocks of C tokens by B vocabulary rows (docs/design.md, "Strategies").
+
+    token_blocks   B = V: a block's logits are computed once and become their own gradient: 3 + rho GEMMs
+    vocab_blocks   B < V: one pass for the statistics, a second that computes the logits again: 4 + 2 rho GEMMs
+
+rho = (distinct targets) / N is unknown here; a similarity block of Cw rows goes with every logits block of C rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MIB = 1 << 20
+DEFAULT_WORKSPACE = 64 * MIB
+TOKEN_BLOCKS, VOCAB_BLOCKS = "token_blocks", "vocab_blocks"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan depends on. Sizes are element counts; `acc_bytes` is 4, or 8 for float64."""
+
+    tokens: int  # N
+    vocab: int  # V
+    width: int  # D
+    teacher_width: int  # D'
+    kl: bool = True
+    grad: bool = True
+    target_grad: bool = False
+    acc_bytes: int = 4
+    half: bool = False  # inputs narrower than the accumulation dtype
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a backend's row arithmetic needs and likes; data, one per backend."""
+
+    z_buffers: int  # blocks of C x B alive at once
+    s_buffers: int  # blocks of Cw x B alive at once
+    row_buffers: int  # rows of B per thread
+    token_block: int  # C beyond which larger blocks gain nothing
+    min_token_block: int  # C below which vocab_blocks is cheaper
+    min_vocab_block: int  # B below which GEMMs are inefficient
+    panel: int  # vocabulary rows per GEMM
+    targets_per_token: float = 0.5  # Cw / C
+    block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one evaluation runs. Sizes are element counts, memory is in bytes."""
+
+    impl: str
+    strategy: str
+    token_block: int  # C
+    target_block: int  # Cw
+    vocab_block: int  # B
+    panel: int
+    scratch_bytes: int  # peak beyond inputs, O(N) vectors and gradients
+    workspace_bytes: int  # the budget
+    gemms: str
+    skipped: dict[str, str] = field(default_factory=dict)  # other backend -> why it was passed over
+
+    def __str__(self) -> str:
+        lines = [
+            f"impl       {self.impl}",
+            f"strategy   {self.strategy}: {self.gemms} GEMMs of N x V x D",
+            f"blocks     {self.token_block} tokens x {self.vocab_block} vocabulary rows, {self.target_block} distinct targets",
+            f"scratch    {self.scratch_bytes / MIB:.1f} MiB of {self.workspace_bytes / MIB:.1f} MiB",
+        ]
+        return "\n".join(lines + [f"not {name:<10} {why}" for name, why in self.skipped.items()])
+
+
+def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab: int) -> int:
+    """Bytes of scratch for blocks of `tokens` x `vocab` with `targets` similarity rows."""
+    kl, target_grad = shape.kl, shape.kl and shape.grad and shape.target_grad
+    columns = tuning.z_buffers * tokens
+    if kl:
+        columns += tuning.s_buffers * targets + tuning.row_buffers * shape.threads * (2 if target_grad else 1)
+    rows = tokens * shape.width * (2 if shape.grad else 1)  # gathered h, and its gradient
+    if kl:
+        rows += targets * shape.teacher_width * (2 if target_grad else 1)
+    rows += 2 * tuning.panel * max(shape.width, shape.teacher_width) if shape.half else 0
+    return shape.acc_bytes * (columns * vocab + rows)
+
+
+def _targets(tuning: Tuning, tokens: int) -> int:
+    return max(1, int(tokens * tuning.targets_per_token))
+
+
+def _largest(limit: int, fits) -> int:
+    """The largest n in [1, limit] for which the monotone `fits(n)` holds, or 1."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | None = None) -> Plan:
+    """The cheapest strategy whose scratch fits `workspace_bytes` (default 64 MiB); the smallest blocks when nothing fits."""
+    budget = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
+    n, v = max(shape.tokens, 1), max(shape.vocab, 1)
+
+    def fits(tokens: int, vocab: int) -> bool:
+        return scratch_bytes(shape, tuning, tokens, _targets(tuning, tokens), vocab) <= budget
+
+    cap = min(n, tuning.token_block, max(tuning.min_token_block, tuning.block_bytes // (shape.acc_bytes * v)))
+    tokens = _largest(cap, lambda c: fits(c, v))
+    vocab = v
+    if tokens < min(n, tuning.min_token_block) or not fits(tokens, v):
+        # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
+        columns = min(v, tuning.min_vocab_block)
+        tokens = _largest(n, lambda c: fits(c, columns))
+        vocab = _largest(v, lambda b: fits(tokens, b))
+    if tokens < n:  # equal blocks
+        tokens = -(-n // -(-n // tokens))
+    strategy = TOKEN_BLOCKS if vocab >= v else VOCAB_BLOCKS
+    rho = " + 2 rho" if strategy == VOCAB_BLOCKS else " + rho"
+    products = (3 if shape.grad else 1) + (1 if strategy == VOCAB_BLOCKS and (shape.grad or shape.kl) else 0)
+    targets = _targets(tuning, tokens)
+    return Plan(
+        impl=impl,
+        strategy=strategy,
+        token_block=tokens,
+        target_block=targets,
+        vocab_block=vocab,
+        panel=min(tuning.panel, vocab),
+        scratch_bytes=scratch_bytes(shape, tuning, tokens, targets, vocab),
+        workspace_bytes=budget,
+        gemms=f"{products}{rho if shape.kl else ''}",
+    )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import backends, ops
 from .plan import Plan
 from .problem import Options, Problem
 
-REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Number = int | float
 
@@ -27,11 +27,6 @@ class TiedLossOutput(NamedTuple):
     lse: Tensor  # log-sum-exp of the logits
     entropy: Tensor  # of the softmax, in nats
     accuracy: Tensor  # share of tokens whose target has the largest logit
-
-
-def environment_flag(name: str) -> bool:
-    """Whether environment variable `name` is set to something other than 0, false, no, off or nothing."""
-    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
@@ -51,28 +46,42 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
     return value
 
 
-class _Settings(NamedTuple):
-    options: Options
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments of `FusedTiedLoss`, for `fused_tied_loss` and `explain`."""
+
+    temperature: float
+    gamma: float
+    alpha: float | None
     ignore_index: int
     reduction: str
-    workspace_bytes: int  # -1: default
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    target_grad: bool
+    workspace_bytes: int | None
+    impl: str
+    return_terms: bool
+
+
+class _Settings(NamedTuple):
+    scalars: ops.Scalars  # needs = 0
     impl: str
     return_terms: bool
 
 
 def _settings(
-    temperature: float,
-    gamma: float,
-    alpha: float | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    target_grad: bool,
-    workspace_bytes: int | None,
-    impl: str,
-    return_terms: bool,
+    temperature: float = 20.0,
+    gamma: float = 0.5,
+    alpha: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    target_grad: bool = False,
+    workspace_bytes: int | None = None,
+    impl: str = "auto",
+    return_terms: bool = False,
 ) -> _Settings:
     """Check everything that is not a tensor. TypeError for types, ValueError for ranges and enums."""
     temperature = _number("temperature", temperature, 0.0, math.inf, open_low=True)
@@ -95,14 +104,14 @@ def _settings(
         softcap=0.0 if softcap is None else _number("softcap", softcap, 0.0, math.inf, open_low=True),
         target_grad=target_grad,
     )
-    return _Settings(
+    scalars = ops.Scalars(
         options=options,
         ignore_index=ignore_index,
-        reduction=_choice("reduction", reduction, REDUCTIONS),
+        reduction=ops.REDUCTIONS.index(_choice("reduction", reduction, ops.REDUCTIONS)),
         workspace_bytes=-1 if workspace_bytes is None else workspace_bytes,
-        impl=_choice("impl", impl, ("auto", *backends.BACKENDS)),
-        return_terms=return_terms,
+        needs=0,
     )
+    return _Settings(scalars, _choice("impl", _impl(impl), ("auto", *backends.BACKENDS)), return_terms)
 
 
 def _tensor(name: str, x: object, device: torch.device) -> Tensor:
@@ -114,6 +123,7 @@ def _tensor(name: str, x: object, device: torch.device) -> Tensor:
 
 
 class _Call(NamedTuple):
+    # in the order of the op's arguments
     h: Tensor  # (N, D)
     w: Tensor  # (V, D)
     target: Tensor  # (N,)
@@ -181,8 +191,8 @@ def _arguments(
             raise ValueError(f"token_weight.shape={tuple(token_weight.shape)} does not match target.shape={tuple(target.shape)}")
         if token_weight.requires_grad:
             raise ValueError("token_weight requires a gradient, but it is treated as a constant: pass token_weight.detach()")
-    count = _num_items(num_items, settings.reduction, device)
-    target, token_weight = _shift(target, token_weight, shift, settings.ignore_index)
+    count = _num_items(num_items, ops.REDUCTIONS[settings.scalars.reduction], device)
+    target, token_weight = _shift(target, token_weight, shift, settings.scalars.ignore_index)
     return _Call(
         h=input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input,
         w=weight,
@@ -238,37 +248,18 @@ def _needs(c: _Call, o: Options) -> int:
 
 
 def _evaluate(settings: _Settings, call: _Call, shift: int) -> Tensor | TiedLossOutput:
-    o = settings.options
-    loss, terms, scale, *_ = ops.tied_loss(
-        call.h,
-        call.w,
-        call.target,
-        call.b,
-        call.t,
-        call.token_weight,
-        call.num_items,
-        o.temperature,
-        o.alpha,
-        o.label_smoothing,
-        o.z_loss,
-        o.softcap,
-        o.target_grad,
-        settings.reduction,
-        settings.ignore_index,
-        settings.impl,
-        settings.workspace_bytes,
-        _needs(call, o),
-    )
+    scalars = settings.scalars._replace(needs=_needs(call, settings.scalars.options))
+    loss, terms, scale, *_ = ops.tied_loss(*call[:-1], *scalars.pack(), settings.impl)
 
     def unflatten(x: Tensor) -> Tensor:
         x = x.reshape(call.shape)
         return x[..., :-shift] if shift else x
 
-    if settings.reduction == "none":
+    if scalars.reduction == ops.NONE:
         loss = unflatten(loss)
     if not settings.return_terms:
         return loss
-    if settings.reduction == "none":
+    if scalars.reduction == ops.NONE:
         reduced = [unflatten(x) for x in (terms * scale).unbind(0)]
     else:
         reduced = list((terms.double() @ scale.double()).to(terms.dtype).unbind(0))
@@ -290,27 +281,13 @@ def fused_tied_loss(
     token_weight: Tensor | None = None,
     num_items: Number | Tensor | None = None,
     shift: int = 0,
-    temperature: float = 20.0,
-    gamma: float = 0.5,
-    alpha: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    target_grad: bool = False,
-    workspace_bytes: int | None = None,
-    impl: str = "auto",
-    return_terms: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor | TiedLossOutput:
     """Tied-embedding cross-entropy + alpha * KL(softmax(w[y] w^T / tau) || softmax(z / tau)), z = input weight^T + bias.
 
-    The functional form of `FusedTiedLoss`, which documents the arguments.
+    The functional form of `FusedTiedLoss`, which documents the arguments and the options, their defaults and errors.
     """
-    settings = _settings(
-        temperature, gamma, alpha, ignore_index, reduction, label_smoothing, z_loss, softcap, target_grad,
-        workspace_bytes, _impl(impl), return_terms,
-    )  # fmt: skip
+    settings = _settings(**options)
     call = _arguments(settings, input, weight, target, bias, target_weight, token_weight, num_items, shift)
     return _evaluate(settings, call, shift)
 
@@ -376,7 +353,7 @@ class FusedTiedLoss(nn.Module):
         super().__init__()
         self.settings = _settings(
             temperature, gamma, alpha, ignore_index, reduction, label_smoothing, z_loss, softcap, target_grad,
-            workspace_bytes, _impl(impl), return_terms,
+            workspace_bytes, impl, return_terms,
         )  # fmt: skip
 
     def forward(
@@ -392,14 +369,13 @@ class FusedTiedLoss(nn.Module):
         shift: int = 0,
     ) -> Tensor | TiedLossOutput:
         """The loss; see the class for shapes and errors."""
-        call = _arguments(
-            self.settings, input, weight, target, bias, target_weight, token_weight, num_items, shift
-        )
+        call = _arguments(self.settings, input, weight, target, bias, target_weight, token_weight, num_items, shift)
         return _evaluate(self.settings, call, shift)
 
     def extra_repr(self) -> str:
-        s, o = self.settings, self.settings.options
-        return f"temperature={o.temperature:g}, alpha={o.alpha:g}, reduction={s.reduction!r}, impl={s.impl!r}"
+        s, o = self.settings.scalars, self.settings.scalars.options
+        reduction = ops.REDUCTIONS[s.reduction]
+        return f"temperature={o.temperature:g}, alpha={o.alpha:g}, reduction={reduction!r}, impl={self.settings.impl!r}"
 
 
 def explain(
@@ -412,28 +388,14 @@ def explain(
     token_weight: Tensor | None = None,
     num_items: Number | Tensor | None = None,
     shift: int = 0,
-    temperature: float = 20.0,
-    gamma: float = 0.5,
-    alpha: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    target_grad: bool = False,
-    workspace_bytes: int | None = None,
-    impl: str = "auto",
-    return_terms: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Plan:
     """How `fused_tied_loss` with the same arguments would run: backend, strategy, blocks, scratch, GEMM count.
 
-    Nothing is computed; `print(explain(...))` is readable. Raises what the call itself would raise.
+    Nothing is computed; `print(explain(...))` is readable. Raises what the call itself would raise for its arguments.
     """
-    settings = _settings(
-        temperature, gamma, alpha, ignore_index, reduction, label_smoothing, z_loss, softcap, target_grad,
-        workspace_bytes, _impl(impl), return_terms,
-    )  # fmt: skip
+    settings = _settings(**options)
     c = _arguments(settings, input, weight, target, bias, target_weight, token_weight, num_items, shift)
-    return ops.plan_for(
-        Problem(c.h, c.w, c.target, c.b, c.t, settings.options), settings.impl, workspace_bytes, bool(_needs(c, settings.options))
-    )
+    o = settings.scalars.options
+    problem = Problem(c.h, c.w, c.target, c.b, c.t, o)
+    return ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(_needs(c, o)))

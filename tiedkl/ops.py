@@ -7,8 +7,11 @@ dtype and the backward op scales and casts them. For "none" the backward op walk
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from typing import Any
+import os
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +22,36 @@ from .problem import POISONED, SKIPPED, Grads, Needs, Options, Problem, Terms, a
 
 log = logging.getLogger("tiedkl")
 
-NEED_H, NEED_W, NEED_B, NEED_T = 1, 2, 4, 8  # bits of the op's `needs`
+NEED_BITS = NEED_H, NEED_W, NEED_B, NEED_T = 1, 2, 4, 8  # bits of Scalars.needs
+REDUCTIONS = ("mean", "sum", "none")
+MEAN, SUM, NONE = range(3)
+
+
+class Scalars(NamedTuple):
+    """Everything about one evaluation that is not a tensor or the name of a backend."""
+
+    options: Options
+    ignore_index: int
+    reduction: int  # index into REDUCTIONS
+    workspace_bytes: int  # -1: default
+    needs: int  # gradients wanted, a sum of NEED_BITS
+
+    def pack(self) -> tuple[list[float], list[int]]:
+        """As the op's `floats` and `ints`."""
+        o = self.options
+        floats = [o.temperature, o.alpha, o.label_smoothing, o.z_loss, o.softcap]
+        return floats, [int(o.target_grad), *self[1:]]
+
+    @classmethod
+    def unpack(cls, floats: list[float], ints: list[int]) -> Scalars:
+        """The inverse of `pack`."""
+        temperature, alpha, label_smoothing, z_loss, softcap = floats
+        options = Options(temperature, alpha, label_smoothing, z_loss, softcap, bool(ints[0]))
+        return cls(options, *ints[1:])
 
 
 def plan_for(p: Problem, impl: str, workspace_bytes: int | None, grad: bool) -> Plan:
     """The plan for one problem. RuntimeError when a named backend cannot run it."""
-    name, skipped = backends.choose(impl, p.h.device, p.h.dtype)
     o = p.options
     shape = Shape(
         tokens=p.h.shape[0],
@@ -38,18 +65,18 @@ def plan_for(p: Problem, impl: str, workspace_bytes: int | None, grad: bool) -> 
         half=p.h.dtype != p.acc,
         threads=torch.get_num_threads() if p.h.device.type == "cpu" else 1,
     )
-    plan = make_plan(name, shape, backends.load(name).TUNING, workspace_bytes)
-    return plan if not skipped else _with_skipped(plan, skipped)
+    return _plan(impl, p.h.device, p.h.dtype, shape, workspace_bytes)
 
 
-def _with_skipped(plan: Plan, skipped: dict[str, str]) -> Plan:
-    plan.skipped.update(skipped)
-    return plan
+@functools.lru_cache(maxsize=256)
+def _plan(impl: str, device: torch.device, dtype: torch.dtype, shape: Shape, workspace_bytes: int | None) -> Plan:
+    name, skipped = backends.choose(impl, device, dtype)
+    return replace(make_plan(name, shape, backends.load(name).TUNING, workspace_bytes), skipped=skipped)
 
 
-def _run(p: Problem, g: Tensor | None, needs: Needs, impl: str, workspace_bytes: int) -> tuple[Terms, Grads]:
+def _run(p: Problem, g: Tensor | None, c: Scalars, impl: str) -> tuple[Terms, Grads]:
     """Plan and run one problem; g None means no gradient."""
-    plan = plan_for(p, impl, workspace_bytes if workspace_bytes >= 0 else None, g is not None)
+    plan = plan_for(p, impl, c.workspace_bytes if c.workspace_bytes >= 0 else None, g is not None)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("N=%d V=%d D=%d %s\n%s", p.h.shape[0], p.w.shape[0], p.h.shape[1], p.h.dtype, plan)
     device = p.h.device.type
@@ -58,34 +85,45 @@ def _run(p: Problem, g: Tensor | None, needs: Needs, impl: str, workspace_bytes:
     with autocast:
         if g is None:
             return backend.forward(p, plan), Grads(None, None, None, None)
-        return backend.backward(p, plan, g, needs)
+        return backend.backward(p, plan, g, Needs(*(bool(c.needs & bit) for bit in NEED_BITS)))
 
 
-def _targets(target: Tensor, n_vocab: int, ignore_index: int) -> Tensor:
-    """Targets as int64 with ignored and, off the CPU, invalid ones marked. ValueError for an invalid one on the CPU."""
+def _targets(target: Tensor, n_vocab: int, ignore_index: int) -> tuple[Tensor, bool]:
+    """Targets as int64 with ignored and, off the CPU, invalid ones marked; and whether all are known to be valid.
+
+    ValueError for an invalid one on the CPU, and elsewhere under TIEDKL_CHECK_TARGETS=1.
+    """
+    on_cpu = target.device.type == "cpu"
+    if on_cpu and target.numel() and not 0 <= ignore_index < n_vocab:
+        low, high = torch.aminmax(target)
+        if low.item() >= 0 and high.item() < n_vocab:
+            return target.to(torch.int64), True
     y = torch.where(target == ignore_index, SKIPPED, target.to(torch.int64))
     invalid = ((y < 0) & (target != ignore_index)) | (y >= n_vocab)
-    if y.device.type != "cpu" and not _check_targets():
-        return torch.where(invalid, POISONED, y)
+    if not on_cpu and not environment_flag("TIEDKL_CHECK_TARGETS"):
+        return torch.where(invalid, POISONED, y), False
     if bool(invalid.any()):
         where = int(invalid.nonzero()[0, 0])
         raise ValueError(
             f"target[{where}]={int(target[where])} is outside [0, {n_vocab}) and is not ignore_index={ignore_index} "
             f"({int(invalid.sum())} such targets)"
         )
-    return y
+    return y, False
 
 
-def _check_targets() -> bool:
-    from .loss import environment_flag
+def environment_flag(name: str) -> bool:
+    """Whether environment variable `name` is set to something other than 0, false, no, off or nothing."""
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
 
-    return environment_flag("TIEDKL_CHECK_TARGETS")
 
-
-def _token_scale(y: Tensor, weight: Tensor | None, num_items: Tensor | None, reduction: str, acc: torch.dtype) -> Tensor:
+def _token_scale(
+    y: Tensor, all_valid: bool, weight: Tensor | None, num_items: Tensor | None, reduction: int, acc: torch.dtype
+) -> Tensor:
     """What each token's loss is multiplied with, (N,): its weight, divided by the normaliser for "mean"."""
+    if all_valid and weight is None and num_items is None:
+        return torch.full(y.shape, 1 / len(y) if reduction == MEAN else 1.0, dtype=acc, device=y.device)
     scale = (y >= 0).to(acc) if weight is None else torch.where(y >= 0, weight.to(acc), 0.0)
-    if reduction == "mean":
+    if reduction == MEAN:
         norm = scale.sum() if num_items is None else num_items.to(acc)
         scale = scale * torch.where(norm != 0, 1 / norm, 0.0)
     return scale
@@ -100,45 +138,38 @@ def tied_loss(
     t: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    target_grad: bool,
-    reduction: str,
-    ignore_index: int,
+    floats: list[float],
+    ints: list[int],
     impl: str,
-    workspace_bytes: int,
-    needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, terms (5, N), scale (N,), d_h, d_w, d_b, d_t); gradients are empty unless their bit of `needs` is set."""
-    options = Options(temperature, alpha, label_smoothing, z_loss, softcap, target_grad)
-    p = Problem(h, w, _targets(target, w.shape[0], ignore_index), b, t, options)
-    scale = _token_scale(p.y, token_weight, num_items, reduction, p.acc)
-    wanted = Needs(bool(needs & NEED_H), bool(needs & NEED_W), bool(needs & NEED_B), bool(needs & NEED_T))
-    now = wanted.any and reduction != "none"
-    terms, grads = _run(p, scale if now else None, wanted, impl, workspace_bytes)
-    per_token = terms.ce + alpha * terms.kl if alpha else terms.ce
+    """(loss, terms (5, N), scale (N,), d_h, d_w, d_b, d_t); gradients are empty unless their bit of `needs` is set.
+
+    `floats` and `ints` are the fields of `Scalars`: dispatch time grows with the square of the number of arguments.
+    """
+    c = Scalars.unpack(floats, ints)
+    y, all_valid = _targets(target, w.shape[0], c.ignore_index)
+    p = Problem(h, w, y, b, t, c.options)
+    scale = _token_scale(y, all_valid, token_weight, num_items, c.reduction, p.acc)
+    terms, grads = _run(p, scale if c.needs and c.reduction != NONE else None, c, impl)
+    per_token = torch.add(terms.ce, terms.kl, alpha=c.options.alpha) if c.options.alpha else terms.ce
     if p.y.device.type != "cpu":
         per_token = torch.where(p.y == POISONED, float("nan"), per_token)
         scale = torch.where(p.y == POISONED, 1.0, scale)
-    if reduction == "none":
+    if c.reduction == NONE:
         loss = scale * per_token
     else:
         loss = (scale.double() @ per_token.double()).to(p.acc)
-    empty = [h.new_empty(0, dtype=p.acc) if d is None else d for d in grads]
-    return loss, torch.stack(terms), scale, *empty
+    d_h, d_w, d_b, d_t = (h.new_empty(0, dtype=p.acc) if d is None else d for d in grads)
+    return loss, torch.stack(terms), scale, d_h, d_w, d_b, d_t
 
 
 @tied_loss.register_fake
-def _(h, w, target, b, t, token_weight, num_items, temperature, alpha, label_smoothing, z_loss, softcap, target_grad,
-      reduction, ignore_index, impl, workspace_bytes, needs):  # fmt: skip
-    acc, n = acc_dtype(h.dtype), h.shape[0]
-    now = reduction != "none"
+def _(h, w, target, b, t, token_weight, num_items, floats, ints, impl):  # type: ignore[no-untyped-def]
+    acc, n, c = acc_dtype(h.dtype), h.shape[0], Scalars.unpack(floats, ints)
+    now = c.reduction != NONE
 
     def grad(x: Tensor | None, bit: int) -> Tensor:
-        return h.new_empty(x.shape if now and x is not None and needs & bit else 0, dtype=acc)
+        return h.new_empty(x.shape if now and x is not None and c.needs & bit else 0, dtype=acc)
 
     loss = h.new_empty(() if now else n, dtype=acc)
     grads = grad(h, NEED_H), grad(w, NEED_W), grad(b, NEED_B), grad(t, NEED_T)
@@ -155,50 +186,42 @@ def tied_loss_backward(
     b: Tensor | None,
     t: Tensor | None,
     token_weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    target_grad: bool,
-    ignore_index: int,
+    floats: list[float],
+    ints: list[int],
     impl: str,
-    workspace_bytes: int,
-    needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_h, d_w, d_b, d_t) in the dtypes of their inputs: `saved` times a scalar upstream, or a new walk for upstream (N,)."""
     if saved:
-        return tuple((d * upstream).to(h.dtype) if d.numel() else h.new_empty(0) for d in saved)  # type: ignore[return-value]
-    options = Options(temperature, alpha, label_smoothing, z_loss, softcap, target_grad)
-    p = Problem(h, w, _targets(target, w.shape[0], ignore_index), b, t, options)
-    wanted = Needs(bool(needs & NEED_H), bool(needs & NEED_W), bool(needs & NEED_B), bool(needs & NEED_T))
-    g = upstream.to(p.acc) * _token_scale(p.y, token_weight, None, "none", p.acc)
-    grads = _run(p, g, wanted, impl, workspace_bytes)[1]
-    return tuple(h.new_empty(0) if d is None else d.to(h.dtype, copy=True) for d in grads)  # type: ignore[return-value]
+        return tuple((d * upstream).to(h.dtype) if d.numel() else h.new_empty(d.shape) for d in saved)  # type: ignore[return-value]
+    c = Scalars.unpack(floats, ints)
+    y, all_valid = _targets(target, w.shape[0], c.ignore_index)
+    p = Problem(h, w, y, b, t, c.options)
+    g = upstream.to(p.acc) * _token_scale(y, all_valid, token_weight, None, NONE, p.acc)
+    grads = _run(p, g, c, impl)[1]
+    return tuple(h.new_empty(0) if d is None else d.to(h.dtype) for d in grads)  # type: ignore[return-value]
 
 
 @tied_loss_backward.register_fake
-def _(upstream, saved, h, w, target, b, t, token_weight, temperature, alpha, label_smoothing, z_loss, softcap,
-      target_grad, ignore_index, impl, workspace_bytes, needs):  # fmt: skip
+def _(upstream, saved, h, w, target, b, t, token_weight, floats, ints, impl):  # type: ignore[no-untyped-def]
+    needs = Scalars.unpack(floats, ints).needs
     inputs = ((h, NEED_H), (w, NEED_W), (b, NEED_B), (t, NEED_T))
     return tuple(h.new_empty(x.shape if x is not None and needs & bit else 0) for x, bit in inputs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, w, target, b, t, token_weight, _, *scalars = inputs
-    reduction, needs = scalars[6], scalars[10]
+    h, w, target, b, t, token_weight, _, floats, ints, impl = inputs
+    c = Scalars.unpack(floats, ints)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.has = (b is not None, t is not None, token_weight is not None)
-    ctx.scalars = (*scalars[:6], *scalars[7:])  # without the reduction
-    ctx.reduction, ctx.needs = reduction, needs
-    grads = [] if reduction == "none" else output[3:]
+    ctx.scalars, ctx.needs = (floats, ints, impl), c.needs
+    grads = [] if c.reduction == NONE else output[3:]
     optional = [x for x in (b, t, token_weight) if x is not None]
     ctx.save_for_backward(h, w, target, *optional, *grads)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 13
+    nothing = (None,) * 5
     if upstream is None or not ctx.needs:
         return (None,) * 5 + nothing
     h, w, target, *rest = ctx.saved_tensors
@@ -208,7 +231,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         grads = [d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved]
     else:
         grads = tied_loss_backward(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
-    d_h, d_w, d_b, d_t = (d if ctx.needs & bit else None for d, bit in zip(grads, (1, 2, 4, 8), strict=True))
+    d_h, d_w, d_b, d_t = (d if ctx.needs & bit else None for d, bit in zip(grads, NEED_BITS, strict=True))
     return (d_h, d_w, None, d_b, d_t, *nothing)
 
 

@@ -10,6 +10,7 @@ rho = (distinct targets) / N is unknown here; a similarity block of Cw rows goes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MIB = 1 << 20
@@ -90,7 +91,7 @@ def _targets(tuning: Tuning, tokens: int) -> int:
     return max(1, int(tokens * tuning.targets_per_token))
 
 
-def _largest(limit: int, fits) -> int:
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest n in [1, limit] for which the monotone `fits(n)` holds, or 1."""
     low, high = 1, limit
     while low < high:
@@ -100,7 +101,7 @@ def _largest(limit: int, fits) -> int:
 
 
 def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | None = None) -> Plan:
-    """The cheapest strategy whose scratch fits `workspace_bytes` (default 64 MiB); the smallest blocks when nothing fits."""
+    """The cheapest strategy whose scratch fits `workspace_bytes` (default 64 MiB), or the smallest blocks there are."""
     budget = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
     n, v = max(shape.tokens, 1), max(shape.vocab, 1)
 

@@ -1,7 +1,7 @@
 """The vocabulary every backend shares: what goes in (`Problem`), and what comes out (`Terms`, `Grads`).
 
-Symbols are those of docs/design.md: N tokens, V vocabulary rows, D width; h, w, b, y inputs; t the matrix that gives the
-similarity target (w itself unless `target_weight` was given).
+Symbols are those of docs/design.md: N tokens, V vocabulary rows, D width; h, w, b, y inputs; t the matrix that gives
+the similarity target (w itself unless `target_weight` was given).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ POISONED = -2  # a target outside [0, V) on a device where raising would cost a 
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that losses, statistics and unscaled gradients have for inputs of `dtype`: float64 stays, the rest is float32."""
+    """The dtype of losses, statistics and unscaled gradients for inputs of `dtype`: float64 stays, the rest is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def extension() -> ModuleType | str:
     """The compiled module, or the reason why it cannot be loaded."""
     try:
-        from .. import _C
+        from .. import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return f"the extension tiedkl._C cannot be loaded ({error}); `tiedkl doctor` says how to build it"
     built = str(_C.build_info().get("torch", torch.__version__)).split("+")[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
-from ..reference import divergence
+from ..reference import Divergence, divergence
 
 TUNING = Tuning(
     z_buffers=11,
@@ -239,7 +239,7 @@ class _Rows:
         self.lt = top / o.temperature + torch.log(sum_t)
         self.ls = self.ms + torch.log(self.sum_s)
 
-    def divergence(self, z: Tensor, s: Tensor | None):
+    def divergence(self, z: Tensor, s: Tensor | None) -> Divergence:
         """Target distribution against tempered softmax for one vocabulary block, each field (C, B)."""
         assert s is not None
         which = self.block.which

@@ -5,7 +5,12 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cpu/row_kernels.h"
 
@@ -13,6 +18,23 @@ namespace tiedkl {
 namespace {
 
 using at::Tensor;
+
+// Scratch on huge pages where the system offers them: blocks live for one call, so that page faults are a measurable part of
+// it, and their rows are a vocabulary apart, so that small pages thrash the TLB.
+Tensor scratch(at::IntArrayRef shape, const at::TensorOptions& options) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHuge = size_t(2) << 20;
+  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
+  if (bytes >= 2 * kHuge) {
+    const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
+    void* data = std::aligned_alloc(kHuge, size);
+    TORCH_CHECK(data, "out of memory: ", size, " bytes of scratch");
+    madvise(data, size, MADV_HUGEPAGE);
+    return at::from_blob(data, shape, [](void* p) { std::free(p); }, options);
+  }
+#endif
+  return at::empty(shape, options);
+}
 
 // Valid tokens grouped by target, the groups in an order unrelated to frequency, so that every block holds about the same
 // number of distinct targets (vocabularies are often sorted by frequency).
@@ -128,13 +150,12 @@ class Walk {
     if (p_.need_w) out_.d_w = at::empty({v_, d}, acc_);
     if (p_.need_b) out_.d_b = at::empty({v_}, acc_);
     if (p_.need_t && p_.t) out_.d_t = teacher_grad_ ? at::empty({v_, t.size(1)}, acc_) : at::zeros({v_, t.size(1)}, acc_);
-    z_ = at::empty({rows, width}, acc_);
+    z_ = scratch({rows, width}, acc_);
     h_ = at::empty({rows, d}, acc_);
     if (p_.need_h) d_h_ = at::empty({rows, d}, acc_);
-    if (p_.need_b) ones_ = at::ones({rows}, acc_);
     if (p_.b) bias_ = p_.b->to(acc_.dtype()).contiguous();
     if (kl_) {
-      s_ = at::empty({targets, width}, acc_);
+      s_ = scratch({targets, width}, acc_);
       u_ = at::empty({targets, t.size(1)}, acc_);
       q_ = at::empty({threads, width}, acc_);
     }
@@ -249,7 +270,11 @@ class Walk {
       }
       if (p_.need_b) {
         Tensor d_b = out_.d_b.slice(0, a, b);
-        at::addmv_out(d_b, d_b, grad.t(), ones_.slice(0, 0, rows), first_ ? 0 : 1);
+        if (first_) {
+          at::sum_out(d_b, grad, 0);  // cascaded, unlike a product with ones
+        } else {
+          d_b.add_(grad.sum(0));
+        }
       }
       if (!teacher_grad_) continue;
       const Tensor d_s = s_.slice(0, 0, targets).slice(1, a - at, b - at);
@@ -319,7 +344,7 @@ class Walk {
   bool first_ = true;  // no block has been added to d_w, d_b, d_t yet
   Panels w_, t_;
   Result out_;
-  Tensor z_, s_, h_, u_, q_, a_, d_h_, d_u_, ones_, bias_, outputs_;
+  Tensor z_, s_, h_, u_, q_, a_, d_h_, d_u_, bias_, outputs_;
   std::vector<int64_t> y_;
   std::vector<double> g_;
   std::vector<TokenState> token_;

@@ -19,9 +19,6 @@
 
 namespace tiedkl {
 
-// Beyond |log q - log r| of this, expm1 may overflow where q underflows: use r - q itself. Same as reference.py.
-constexpr double kDeltaDirect = 40.0;
-
 struct LossParams {
   double temperature;
   double alpha;  // 0: plain cross-entropy, no similarity target
@@ -42,6 +39,7 @@ struct TokenState {
   // Set by finish_token.
   double max_all = 0;     // max over all columns
   double inv_sum = 0;     // 1 / sum over all columns of e^(z - max_all)
+  double inv_sum_t = 0;   // the same for e^((z - max_all)/tau)
   double not_target = 0;  // 1 - p_y
   double lse = 0;         // l1
   double lse_t = 0;       // lt
@@ -88,7 +86,9 @@ TIEDKL_HD TokenTerms finish_token(TokenState& s, const LossParams& p, double n_v
   s.inv_sum = 1.0 / sum;
   s.not_target = s.sum / sum;
   s.lse = max_all + log_sum;
-  s.lse_t = max_all * inv_t + std::log(s.sum_t + std::exp((s.zy - max_all) * inv_t));
+  const double sum_t = s.sum_t + std::exp((s.zy - max_all) * inv_t);
+  s.inv_sum_t = 1.0 / sum_t;
+  s.lse_t = max_all * inv_t + std::log(sum_t);
   const double eps = p.label_smoothing;
   double ce = (1.0 - eps) * ((max_all - s.zy) + log_sum) + p.z_loss * s.lse * s.lse;
   if (eps != 0.0) ce += eps * (s.lse - s.total / n_vocab);
@@ -107,14 +107,10 @@ struct Divergence {
   double r_minus_q;  // q expm1(-delta)
 };
 
-// One column's share of KL(q || r), with delta = log q - log r of any size.
-TIEDKL_HD Divergence divergence(double q, double delta, double log_r) {
-  if (std::fabs(delta) < kDeltaDirect) {
-    const double e = std::expm1(-delta);
-    return {q * (e + delta), q * e};
-  }
-  const double r_minus_q = std::exp(log_r) - q;
-  return {(q > 0.0 ? q * delta : 0.0) + r_minus_q, r_minus_q};
+// One column's r - q, from delta = log q - log r of any size. q expm1(-delta) does not cancel where r is close to q; where r is
+// the larger it would carry the rounding of delta, and overflow, so r itself is better.
+TIEDKL_HD double r_minus_q(double q, double delta, double log_r) {
+  return delta > -1.0 ? q * std::expm1(-delta) : std::exp(log_r) - q;
 }
 
 }  // namespace tiedkl

@@ -19,6 +19,7 @@ namespace tiedkl::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunk = 2048;  // columns
+constexpr double kLowest = -80.0;  // expm1 is -1 to rounding below
 constexpr double kFloor = -87.0;  // smallest exponent that float's 2^n can hold; below it a probability counts as e^-87
 
 template <typename T>
@@ -177,7 +178,8 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   const double constant = row.g * p.label_smoothing / row.n_vocab;
   const double offset = kKL ? teacher->lse - token.lse_t : 0.0;
   const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cr{T(coef_r)}, eps{T(-constant)}, off{T(offset)};
-  const Vec<T> floor{T(kFloor)}, limit{T(kDeltaDirect)}, inv_cap{T(kCap ? 1.0 / p.softcap : 0.0)}, g{T(row.g)}, one{T(1)};
+  const Vec<T> middle{T(0.5 * (1.0 + kLowest))}, reach{T(0.5 * (1.0 - kLowest))}, lowest_x{T(kLowest)};
+  const Vec<T> floor{T(kFloor)}, inv_t_sum{T(token.inv_sum_t)}, inv_cap{T(kCap ? 1.0 / p.softcap : 0.0)}, g{T(row.g)}, one{T(1)};
   const bool inside = row.skip >= 0 && row.skip < row.n;
   double zy_share = 0.0;  // (alpha/tau)(r - q) at the target
   const T zy = inside ? row.z[row.skip] : T(0);
@@ -195,24 +197,20 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
         const Vec<T> x = keep(at::vec::fmadd(zi - load(s + i, lanes), it, off), T(0), lanes);
         const Vec<T> qi = keep(load(q + i, lanes), T(0), lanes);
         Vec<T> excess;
-        if ((x.abs() < limit).zero_mask() == 0) {
+        if (((x - middle).abs() < reach).zero_mask() == 0) {
           const Expm1<T> e = expm1_bounded(x);
           r_minus_q = qi * e.value;
           excess = qi * e.excess;
-          if constexpr (kTarget) store(at::vec::fmadd(g.neg(), x, load(a + i, lanes)), a + i, lanes);
         } else {
-          T xs[Vec<T>::size()], qs[Vec<T>::size()], zs[Vec<T>::size()], rq[Vec<T>::size()], ex[Vec<T>::size()];
-          x.store(xs), qi.store(qs), zi.store(zs);
-          const int count = lanes == 0 ? int(Vec<T>::size()) : int(lanes);
-          for (int k = 0; k < int(Vec<T>::size()); ++k) {
-            const Divergence d = k < count ? divergence(qs[k], -double(xs[k]), zs[k] * inv_t - token.lse_t) : Divergence{0.0, 0.0};
-            rq[k] = T(d.r_minus_q), ex[k] = T(d.excess);
-            if constexpr (kTarget) {
-              if (k < count && qs[k] > 0) a[i + k] -= T(row.g * xs[k]);
-            }
-          }
-          r_minus_q = Vec<T>::loadu(rq), excess = Vec<T>::loadu(ex);
+          // q expm1(x) would give r the rounding of x where r exceeds q, and overflow beyond: take r itself there.
+          const Vec<T> xb = at::vec::clamp(x, lowest_x, one);
+          const Expm1<T> e = expm1_bounded(xb);
+          const Vec<T> r = exp_bounded(at::vec::clamp_min((zi - m) * it, floor)) * inv_t_sum;
+          const Vec<T> near = x < one, direct = r - qi;
+          r_minus_q = keep(Vec<T>::blendv(direct, qi * e.value, near), T(0), lanes);
+          excess = keep(Vec<T>::blendv(direct - qi * x, qi * (e.excess + (xb - x)), near), T(0), lanes);
         }
+        if constexpr (kTarget) store(at::vec::fmadd(g.neg(), x, load(a + i, lanes)), a + i, lanes);
         kl_sum = kl_sum + excess;
       }
       if constexpr (kWrite) {
@@ -231,7 +229,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
     if (p.alpha != 0.0) token.kl += kl;
     if (inside) {
       const double delta = (double(row.s[row.skip]) - double(zy)) * inv_t - offset;
-      zy_share = divergence(row.q[row.skip], delta, zy * inv_t - token.lse_t).r_minus_q * coef_r;
+      zy_share = r_minus_q(row.q[row.skip], delta, zy * inv_t - token.lse_t) * coef_r;
     }
   }
   if (kWrite && inside) {

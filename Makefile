@@ -1,0 +1,85 @@
+# Everything here starts from Python >= 3.10 (with venv), g++ and make; `make help` lists the targets.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+DEMO_OUT ?= build/demo
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+CXX ?= g++
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SANITIZED := build/sanitize
+
+# torch looks for ninja on PATH.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help demo test lint bench sanitize clean
+
+help:
+	@echo "make demo      train baseline, +AL, +RE and +REAL on a small text and write a report   DEMO_ARGS=... DEMO_OUT=$(DEMO_OUT)"
+	@echo "make test      the tests                                                               TEST_ARGS='-k name'"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     CPU benchmark                                                           BENCH_ARGS=..."
+	@echo "make sanitize  the native tests with address and undefined-behaviour sanitizers"
+	@echo "make clean     remove builds, caches and $(VENV)"
+	@echo
+	@echo "Each makes its own environment in $(VENV) with $(TORCH); PYTHON=$(PYTHON), TORCH and VENV can be set."
+	@echo "Without a GPU, take PyTorch's CPU build and save gigabytes of download:"
+	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+
+# The environment, torch and what a build needs: made once.
+$(VENV)/.torch-stamp:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "tiedkl needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)" "setuptools>=77" wheel ninja
+	@touch $@
+
+# The library, in place: Python files need no reinstall, native ones and the metadata do.
+$(VENV)/.install-stamp: $(VENV)/.torch-stamp $(NATIVE_SOURCES)
+	$(PIP) install --no-build-isolation -e ".[compare,test]"
+	@compgen -G "tiedkl/_C*.so" >/dev/null || echo "note: tiedkl._C is not built; '$(PIP) install -v --no-build-isolation -e .' shows why"
+	@touch $@
+
+$(VENV)/.lint-stamp: $(VENV)/.install-stamp
+	$(PIP) install ruff mypy types-tqdm
+	@touch $@
+
+demo: $(VENV)/.install-stamp
+	$(BIN)/tiedkl compare --out "$(DEMO_OUT)" $(DEMO_ARGS)
+	@echo "The report: file://$(abspath $(DEMO_OUT))/report.html"
+
+test: $(VENV)/.install-stamp
+	$(BIN)/pytest $(TEST_ARGS)
+
+lint: $(VENV)/.lint-stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.install-stamp
+	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
+
+# A second copy of the library in build/, which PYTHONPATH puts before the editable one. Leaks are not looked for:
+# the interpreter's own would drown ours. libstdc++ is preloaded because libasan has to find __cxa_throw at start.
+sanitize: $(VENV)/.install-stamp
+	rm -rf $(SANITIZED) build/lib* build/bdist*
+	TIEDKL_SANITIZE=address,undefined TIEDKL_FORCE_BUILD=1 \
+	    $(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
+	rm -rf build/lib* build/bdist*
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))"; \
+	(cd $(SANITIZED) && $(BIN)/python -c 'import torch, tiedkl._C as c; print(c.__file__, c.build_info())'); \
+	if [ -d tests/native ]; then $(BIN)/pytest tests/native; else echo "tests/native is not there: only the import was tried"; fi
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks tiedkl/_C*.so
+	find tiedkl kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

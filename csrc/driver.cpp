@@ -242,15 +242,8 @@ class Walk {
                             data(q_),
                             data(a_)};
     const cpu::RowKernels<T>& kernels = cpu::row_kernels<T>();
-    if (kl_ && (stages & cpu::kStats)) {
-      kernels.teacher_stats(tile, params_);
-      if (stages & cpu::kFinish) finish_teachers();
-    }
+    if (kl_ && (stages & cpu::kStats)) kernels.teacher_stats(tile, params_);
     kernels.token_rows(tile, params_, stages);
-  }
-
-  void finish_teachers() {
-    for (TeacherState& state : teacher_) finish_teacher(state);
   }
 
   // d_h += G w, d_w = G^T h, d_b = sum G, and the target gradient's two products, for vocabulary rows [v0, v1).

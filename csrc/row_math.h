@@ -42,7 +42,7 @@ struct TokenState {
   double inv_sum_t = 0;   // the same for e^((z - max_all)/tau)
   double not_target = 0;  // 1 - p_y
   double lse = 0;         // l1
-  double lse_t = 0;       // lt
+  double log_sum_t = 0;   // lt - max_all/tau
   double kl = 0;
 };
 
@@ -55,19 +55,16 @@ TIEDKL_HD void rebase(TokenState& s, double m, double inv_t) {
   s.m = m;
 }
 
-// Running sums of one similarity row s, relative to its running maximum.
+// Running sums of one row of similarities t[u] . t[v] (not yet divided by tau), relative to its running maximum.
 struct TeacherState {
   double m = -std::numeric_limits<float>::max();
-  double sum = 0;
-  double lse = 0;
+  double sum = 0;  // sum e^((s - m)/tau)
 };
 
-TIEDKL_HD void rebase(TeacherState& s, double m) {
-  s.sum *= std::exp(s.m - m);
+TIEDKL_HD void rebase(TeacherState& s, double m, double inv_t) {
+  s.sum *= std::exp((s.m - m) * inv_t);
   s.m = m;
 }
-
-TIEDKL_HD void finish_teacher(TeacherState& s) { s.lse = s.m + std::log(s.sum); }
 
 struct TokenTerms {
   double ce, entropy, correct;
@@ -88,7 +85,7 @@ TIEDKL_HD TokenTerms finish_token(TokenState& s, const LossParams& p, double n_v
   s.lse = max_all + log_sum;
   const double sum_t = s.sum_t + std::exp((s.zy - max_all) * inv_t);
   s.inv_sum_t = 1.0 / sum_t;
-  s.lse_t = max_all * inv_t + std::log(sum_t);
+  s.log_sum_t = std::log(sum_t);
   const double eps = p.label_smoothing;
   double ce = (1.0 - eps) * ((max_all - s.zy) + log_sum) + p.z_loss * s.lse * s.lse;
   if (eps != 0.0) ce += eps * (s.lse - s.total / n_vocab);

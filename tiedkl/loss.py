@@ -214,7 +214,8 @@ def _num_items(num_items: Number | Tensor | None, reduction: str, device: torch.
         if num_items.numel() != 1:
             raise ValueError(f"num_items must hold one number, got shape {tuple(num_items.shape)}")
         return num_items.detach().reshape(()).to(device)
-    return torch.tensor(_number("num_items", num_items, 0.0, math.inf, open_low=True), device=device)
+    value = _number("num_items", num_items, 0.0, math.inf, open_low=True)
+    return torch.tensor(value, dtype=torch.float64, device=device)  # a count above 2^24 is no float32
 
 
 def _shift(target: Tensor, token_weight: Tensor | None, shift: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:

@@ -83,7 +83,7 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
     rows = tokens * shape.width * (2 if shape.grad else 1)  # gathered h, and its gradient
     if kl:
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
-    rows += 2 * tuning.panel * max(shape.width, shape.teacher_width) if shape.half else 0
+    rows += 2 * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width) if shape.half else 0
     return shape.acc_bytes * (columns * vocab + rows)
 
 

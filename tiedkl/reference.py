@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .problem import Grads, Needs, Problem, Terms
 
-DELTA_DIRECT = 40.0  # beyond |d| of this, expm1(-d) may overflow where q underflows: use r - q itself
+# Beyond |d| of this take r - q as it is: nothing cancels any more, expm1(-d) would carry q's relative error into a larger r, and may
+# overflow where q underflows.
+DELTA_DIRECT = 1.0
 
 
 def logits(p: Problem) -> Tensor:
@@ -43,13 +45,37 @@ class Divergence(NamedTuple):
     r_minus_q: Tensor  # q expm1(-delta)
 
 
-def divergence(s: Tensor, zt: Tensor, ls: Tensor, lt: Tensor) -> Divergence:
-    """Compare softmax(s) with softmax(zt), both (N, V), given their log-sum-exps (N, 1); columns may be any subset.
+class RowSum(NamedTuple):
+    """A log-sum-exp before its logarithm: lse = top + log(total), each (N, 1)."""
+
+    top: Tensor
+    total: Tensor  # sum exp(x - top)
+
+
+def row_sum(x: Tensor) -> RowSum:
+    """Maximum and sum of the rows of x (N, V)."""
+    top = x.amax(-1, keepdim=True)
+    return RowSum(top, torch.exp(x - top).sum(-1, keepdim=True))
+
+
+def lse_difference(sums: RowSum, sums_t: RowSum) -> tuple[Tensor, Tensor]:
+    """ls - lt in two parts, to be subtracted from s - zt in this order.
+
+    Where both rows have the same dominant column, s - zt and the first part are rounded alike there and cancel; what is left
+    would be an error common to the row, and that reaches the gradient.
+    """
+    return sums.top - sums_t.top, torch.log(sums.total) - torch.log(sums_t.total)
+
+
+def divergence(s: Tensor, zt: Tensor, sums: RowSum, sums_t: RowSum) -> Divergence:
+    """Compare softmax(s) with softmax(zt), both (N, V), given what their rows add up to; columns may be any subset.
 
     delta subtracts the small difference s - zt first; an error in a log-sum-exp then enters KL to second order only.
+    q and r are quotients: exp(s - ls) would share the rounding of a large ls among all its columns.
     """
-    delta = (s - zt) - (ls - lt)
-    q, r = torch.exp(s - ls), torch.exp(zt - lt)
+    tops, logs = lse_difference(sums, sums_t)
+    delta = (s - zt) - tops - logs
+    q, r = torch.exp(s - sums.top) / sums.total, torch.exp(zt - sums_t.top) / sums_t.total
     near = delta.abs() < DELTA_DIRECT
     x = torch.where(near, -delta, 0.0)
     r_minus_q = torch.where(near, q * torch.expm1(x), r - q)
@@ -67,32 +93,36 @@ def _terms(p: Problem) -> tuple[Terms, Tensor, Tensor, Tensor, Divergence | None
     o, valid = p.options, p.y >= 0
     y = p.y.clamp(min=0)
     z = logits(p)
-    l1 = z.logsumexp(-1)
-    zy = z.gather(-1, y[:, None])[:, 0]
-    ce = (1 - o.label_smoothing) * (l1 - zy) + o.z_loss * l1**2
+    # The target's column is summed apart: l1 - z_y and 1 - p_y stay exact where p_y is nearly one.
+    zy, top = z.gather(-1, y[:, None])[:, 0], z.amax(-1)
+    others = torch.exp(z.scatter(-1, y[:, None], -torch.inf) - top[:, None]).sum(-1)
+    total = others + torch.exp(zy - top)
+    l1 = top + torch.log(total)
+    below = torch.where(zy >= top, torch.log1p(others), (top - zy) + torch.log(total))  # l1 - z_y
+    ce = (1 - o.label_smoothing) * below + o.z_loss * l1**2
     if o.label_smoothing:
         ce = ce + o.label_smoothing * (l1 - z.mean(-1))
-    prob = torch.exp(z - l1[:, None])
+    prob = torch.exp(z - top[:, None]) / total[:, None]
     entropy = -torch.where(prob > 0, prob * (z - l1[:, None]), 0.0).sum(-1)
-    correct = (zy >= z.amax(-1)).to(z.dtype)
+    correct = (zy >= top).to(z.dtype)
     kl, div = torch.zeros_like(ce), None
     if o.alpha:
         t = p.teacher
         s, zt = (t[y] @ t.T) / o.temperature, z / o.temperature
-        div = divergence(s, zt, s.logsumexp(-1, keepdim=True), zt.logsumexp(-1, keepdim=True))
+        div = divergence(s, zt, row_sum(s), row_sum(zt))
         kl = div.excess.sum(-1)
     masked = [torch.where(valid, term, 0.0) for term in (ce, kl, l1, entropy, correct)]
-    return Terms(*masked), z, l1, prob, div
+    return Terms(*masked), z, others / total, prob, div
 
 
 def backward(p: Problem, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
     """Terms of `p`, and the gradients of sum_n g_n (CE_n + alpha KL_n); g (N,) is zero for skipped tokens."""
     o, valid = p.options, p.y >= 0
     y = p.y.clamp(min=0)
-    terms, z, l1, prob, div = _terms(p)
-    n_vocab = z.shape[1]
-    grad = prob * (1 + 2 * o.z_loss * l1[:, None]) - o.label_smoothing / n_vocab
-    grad.scatter_add_(1, y[:, None], torch.full_like(l1, -(1 - o.label_smoothing))[:, None])
+    terms, z, not_y, prob, div = _terms(p)
+    grow = 2 * o.z_loss * terms.lse
+    at_y = (o.label_smoothing - not_y) + grow * (1 - not_y)  # p_y (1 + 2 lam l1) - (1 - eps)
+    grad = (prob * (1 + grow[:, None])).scatter(1, y[:, None], at_y[:, None]) - o.label_smoothing / z.shape[1]
     if div is not None:
         grad = grad + (o.alpha / o.temperature) * div.r_minus_q
     if o.softcap:
@@ -105,8 +135,10 @@ def backward(p: Problem, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
     d_b = grad.sum(0) if needs.b else None
     d_t = None
     if o.target_grad and div is not None and (needs.t if p.t is not None else needs.w):
-        d_s = (o.alpha / o.temperature) * div.q * (div.delta - terms.kl[:, None])
-        d_s = torch.where(valid[:, None], g[:, None] * torch.where(div.q > 0, d_s, 0.0), 0.0)
+        delta = torch.where(div.q > 0, div.delta, 0.0)
+        mean = (div.q * delta).sum(-1, keepdim=True)  # KL, but from the same deltas: the row then sums to zero
+        d_s = (o.alpha / o.temperature) * div.q * (delta - mean)
+        d_s = torch.where(valid[:, None], g[:, None] * d_s, 0.0)
         t = p.teacher
         d_t = d_s.T @ t[y]
         d_t.index_add_(0, y, d_s @ t)

@@ -5,7 +5,7 @@
 // order, so results do not depend on the thread count and are the same in every run.
 //
 //   statistics   read z:                  m, sum e^(z-m), sum e^((z-m)/tau), sum e^(z-m)(z-m)     2 exponentials
-//   gradient     read z, s, q, write G:   p = e^(z-max)/sum,  x = (z-s)/tau + (ls-lt) = -delta,   2 exponentials
+//   gradient     read z, s, q, write G:   p = e^(z-max)/sum,  x = log r - log q,                  2 exponentials
 //                KL += q (expm1(x) - x),  G = g (p (1 + 2 lam l1) - eps/V + (alpha/tau) q expm1(x))
 #include "row_kernels.h"
 
@@ -99,24 +99,24 @@ template <typename T>
 void teacher_row(const T* s, int64_t n, T inv_t, TeacherState& state) {
   for (int64_t c = 0; c < n; c += kChunk) {
     const int64_t len = std::min(kChunk, n - c);
-    const double top = row_max(s + c, len) * inv_t;  // representable in T, as the lanes subtract it in T
-    if (top > state.m) rebase(state, top);
+    const double top = row_max(s + c, len);
+    if (top > state.m) rebase(state, top, inv_t);
     const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
     Vec<T> sum{T(0)};
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
-      const Vec<T> d = at::vec::clamp_min(at::vec::fmadd(load(s + c + i, lanes), it, m.neg()), floor);
+      const Vec<T> d = at::vec::clamp_min((load(s + c + i, lanes) - m) * it, floor);
       sum = sum + keep(exp_bounded(d), T(0), lanes);
     });
     state.sum += lane_sum(sum);
   }
 }
 
-// The similarity target of one row: q = e^(s/tau - ls).
+// The similarity target of one row: q = e^((s - m)/tau) / sum.
 template <typename T>
 void teacher_probabilities(const T* s, int64_t n, T inv_t, const TeacherState& state, T* q) {
   const Vec<T> m{T(state.m)}, it{inv_t}, inv{T(1.0 / state.sum)}, floor{T(kFloor)};
   for_vectors<T>(n, [&](int64_t i, auto lanes) {
-    const Vec<T> d = at::vec::clamp_min(at::vec::fmadd(load(s + i, lanes), it, m.neg()), floor);
+    const Vec<T> d = at::vec::clamp_min((load(s + i, lanes) - m) * it, floor);
     store(exp_bounded(d) * inv, q + i, lanes);
   });
 }
@@ -176,8 +176,11 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   const double coef_r = row.g * p.alpha * inv_t;                                       // (alpha/tau)(r - q)
   const double coef_p = row.g * token.inv_sum * (1.0 + 2.0 * p.z_loss * token.lse);  // p
   const double constant = row.g * p.label_smoothing / row.n_vocab;
-  const double offset = kKL ? teacher->lse - token.lse_t : 0.0;
-  const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cr{T(coef_r)}, eps{T(-constant)}, off{T(offset)};
+  // x = log r - log q = ((z - s) - (max z - max s))/tau + (log sum_s - log sum_t): in this order the roundings of the dominant
+  // column cancel, however large it is.
+  const double tops = kKL ? token.max_all - teacher->m : 0.0;
+  const double offset = kKL ? std::log(teacher->sum) - token.log_sum_t : 0.0;
+  const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cr{T(coef_r)}, eps{T(-constant)}, top{T(tops)}, off{T(offset)};
   const Vec<T> middle{T(0.5 * (1.0 + kLowest))}, reach{T(0.5 * (1.0 - kLowest))}, lowest_x{T(kLowest)};
   const Vec<T> floor{T(kFloor)}, inv_t_sum{T(token.inv_sum_t)}, inv_cap{T(kCap ? 1.0 / p.softcap : 0.0)}, g{T(row.g)}, one{T(1)};
   const bool inside = row.skip >= 0 && row.skip < row.n;
@@ -194,7 +197,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
       const Vec<T> zi = load(z + i, lanes);
       Vec<T> r_minus_q{T(0)};
       if constexpr (kKL) {
-        const Vec<T> x = keep(at::vec::fmadd(zi - load(s + i, lanes), it, off), T(0), lanes);
+        const Vec<T> x = keep(at::vec::fmadd((zi - load(s + i, lanes)) - top, it, off), T(0), lanes);
         const Vec<T> qi = keep(load(q + i, lanes), T(0), lanes);
         Vec<T> excess;
         if (((x - middle).abs() < reach).zero_mask() == 0) {
@@ -228,8 +231,8 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   if constexpr (kKL) {
     if (p.alpha != 0.0) token.kl += kl;
     if (inside) {
-      const double delta = (double(row.s[row.skip]) - double(zy)) * inv_t - offset;
-      zy_share = r_minus_q(row.q[row.skip], delta, zy * inv_t - token.lse_t) * coef_r;
+      const double x = ((double(zy) - double(row.s[row.skip])) - tops) * inv_t + offset;
+      zy_share = r_minus_q(row.q[row.skip], -x, (zy - token.max_all) * inv_t - token.log_sum_t) * coef_r;
     }
   }
   if (kWrite && inside) {
@@ -255,6 +258,17 @@ void teacher_stats(const Tile<T>& t, const LossParams& p) {
   at::parallel_for(0, t.targets, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u]);
   });
+}
+
+template <typename T>
+double dot(const T* x, const T* y, int64_t n) {
+  double total = 0;
+  for (int64_t c = 0; c < n; c += kChunk) {
+    Vec<T> sum{T(0)};
+    for_vectors<T>(std::min(kChunk, n - c), [&](int64_t i, auto lanes) { sum = at::vec::fmadd(load(x + c + i, lanes), load(y + c + i, lanes), sum); });
+    total += lane_sum(sum);
+  }
+  return total;
 }
 
 // T_u over s: (alpha/tau) q_u (sum_n g_n delta_n - sum_n g_n KL_n).
@@ -309,7 +323,10 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
       token_row(t, p, stages, gradient, n, u, q, a);
       if (!target) continue;
       g_kl += t.g[n] * t.token[n].kl;
-      if (n + 1 == t.group[u + 1]) write_target_gradient(t.s + u * t.lds, q, a, t.cols, p, g_kl);
+      if (n + 1 != t.group[u + 1]) continue;
+      // With the whole row at hand, the mean of the very deltas that were summed: then T_u sums to zero whatever their rounding.
+      if (t.cols == t.n_vocab) g_kl = dot(q, a, t.cols);
+      write_target_gradient(t.s + u * t.lds, q, a, t.cols, p, g_kl);
     }
   });
 }

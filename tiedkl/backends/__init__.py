@@ -1,9 +1,9 @@
 """Implementations of the loss, one module each, all with the same four names.
 
-    unsupported(device, dtype) -> str | None     None when it can run, else the reason
-    TUNING                                       block sizes it likes, for tiedkl.plan
+    unsupported(device, dtype) -> str | None             None when it can run, else the reason
+    TUNING                                               block sizes it likes, for tiedkl.plan
     forward(problem, plan) -> Terms
-    backward(problem, plan, g) -> (Terms, Grads)      for any subset of gradients: `needs`
+    backward(problem, plan, g, needs) -> (Terms, Grads)  g (N,) upstream weights
 
 The choice depends on device and dtype only.
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch
+# Not `import torch`: the submodule of that name becomes an attribute of this package.
+from torch import device as Device
+from torch import dtype as Dtype
 
 BACKENDS: tuple[str, ...] = ("cpp", "torch", "reference")  # in the order `auto` tries them
 
@@ -23,7 +25,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-def choose(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+def choose(impl: str, device: Device, dtype: Dtype) -> tuple[str, dict[str, str]]:
     """The backend for `impl` and why every other one was passed over. RuntimeError when a named one cannot run."""
     if impl != "auto":
         why = load(impl).unsupported(device, dtype)

@@ -17,11 +17,10 @@ TUNING = Tuning(
     z_buffers=1,
     s_buffers=1,
     row_buffers=1,
-    token_block=1024,
+    token_block=512,
     min_token_block=48,
     min_vocab_block=512,
     panel=1024,
-    block_bytes=32 << 20,
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

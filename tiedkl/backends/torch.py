@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
-from ..reference import Divergence, divergence
+from ..reference import DELTA_DIRECT, RowSum, divergence, lse_difference
 
 TUNING = Tuning(
     z_buffers=11,
@@ -129,7 +129,11 @@ class _Walk:
         # The target gradient needs each token's KL before its first column is written, as does a loss without gradient.
         if o.alpha and (self.g is None or self.target_grad):
             for _, z, s in tiles or self.tiles(block):
-                rows.kl += rows.divergence(z, s).excess.sum(-1)
+                assert s is not None
+                rows.kl += rows.divergence(z, s)[0]
+                if self.target_grad:
+                    q = rows.target(s)[1]
+                    rows.mean_delta += torch.where(q > 0, q * rows.log_ratio(z, s).neg_(), 0.0).sum(-1)
         if self.g is not None:
             for columns, z, s in tiles or self.tiles(block):
                 self.gradients(block, rows, columns, z, s)
@@ -141,13 +145,13 @@ class _Walk:
         assert block.g is not None
         share = None
         if s is not None:
-            div = rows.divergence(z, s)
+            if self.target_grad:
+                q, delta = rows.target(s)[1], rows.log_ratio(z, s).neg_()
+                self.target_gradients(block, rows, columns, q, delta)
+            kl, share = rows.divergence(z, s)
             if not self.target_grad:
-                rows.kl += div.excess.sum(-1)
-            else:
-                self.target_gradients(block, rows, columns, div.q, div.delta)
-            share = div.r_minus_q.mul_(o.alpha / o.temperature)
-            del div
+                rows.kl += kl
+            share.mul_(o.alpha / o.temperature)
         cap = 1 - (z / o.softcap) ** 2 if o.softcap else None
         grad = rows.cross_entropy_gradient(z, columns)
         if share is not None:
@@ -166,7 +170,7 @@ class _Walk:
         """d KL / d s per distinct target, through s = t[u] t^T / tau."""
         p, o = self.p, self.o
         assert block.g is not None
-        per_token = torch.where(q > 0, q * (delta - rows.kl[:, None]), 0.0).mul_(block.g * (o.alpha / o.temperature))
+        per_token = torch.where(q > 0, q * (delta - rows.mean_delta[:, None]), 0.0).mul_(block.g * (o.alpha / o.temperature))
         per_target = q.new_zeros(len(block.targets), q.shape[1]).index_add_(0, block.which, per_token)
         d_t = self.d["w" if p.t is None else "t"]
         d_t[columns].addmm_(per_target.T, block.u)
@@ -180,7 +184,9 @@ class _Rows:
         self.block, self.p, self.o = block, p, p.options
         lowest = torch.finfo(p.acc).min
         self.m = block.h.new_full((len(block.tokens),), lowest)
-        self.sum, self.sum_t, self.weighted, self.total, self.zy, self.kl = self.m.new_zeros(6, len(self.m)).unbind(0)
+        self.sum, self.sum_t, self.weighted, self.total, self.zy, self.kl, self.mean_delta = self.m.new_zeros(
+            7, len(self.m)
+        ).unbind(0)  # mean_delta: KL from the deltas themselves, for the target gradient to sum to zero
         self.ms = block.h.new_full((len(block.targets),), lowest)
         self.sum_s = torch.zeros_like(self.ms)
 
@@ -207,10 +213,11 @@ class _Rows:
         self.sum_t *= torch.exp(shift / o.temperature)
         self.m = m
         d = z - m[:, None]
-        d.clamp_(min=torch.finfo(z.dtype).min / 4)  # a logit of -inf weighs nothing
+        if self.p.b is not None:
+            d.clamp_(min=torch.finfo(z.dtype).min / 4)  # a logit of -inf weighs nothing
         e = d.exp()
         self.sum += e.sum(-1)
-        self.weighted += e.mul_(d).sum(-1)
+        self.weighted += torch.linalg.vecdot(e, d)
         if s is not None:
             self.sum_t += d.div_(o.temperature).exp_().sum(-1)
             ms = torch.maximum(self.ms, s.amax(-1))
@@ -236,14 +243,30 @@ class _Rows:
         expected = weighted + torch.where(at_y > 0, at_y * (self.zy - top), 0.0)
         self.entropy = log_sum - expected * self.inv_sum
         sum_t = self.sum_t * torch.exp(shift / o.temperature) + torch.exp((self.zy - top) / o.temperature)
-        self.lt = top / o.temperature + torch.log(sum_t)
-        self.ls = self.ms + torch.log(self.sum_s)
-
-    def divergence(self, z: Tensor, s: Tensor | None) -> Divergence:
-        """Target distribution against tempered softmax for one vocabulary block, each field (C, B)."""
-        assert s is not None
         which = self.block.which
-        return divergence(s[which], z / self.o.temperature, self.ls[which, None], self.lt[:, None])
+        self.sums = RowSum(self.ms[which, None], self.sum_s[which, None])
+        self.sums_t = RowSum((top / o.temperature)[:, None], sum_t[:, None])
+        self.tops, self.logs = lse_difference(self.sums, self.sums_t)
+
+    def target(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity logits and target distribution of every token, each (C, B); softmax once per distinct target."""
+        q = torch.exp(s - self.ms[:, None]).div_(self.sum_s[:, None])
+        return s[self.block.which], q[self.block.which]
+
+    def log_ratio(self, z: Tensor, s: Tensor) -> Tensor:
+        """log r - log q of one vocabulary block, (C, B); the small difference of the logits first."""
+        return (z / self.o.temperature).sub_(s[self.block.which]).add_(self.tops).add_(self.logs)
+
+    def divergence(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's share of KL (C,), and r - q (C, B)."""
+        x = self.log_ratio(z, s)
+        if x.device.type != "cpu" or not bool(x.abs().amax() < DELTA_DIRECT if x.numel() else True):
+            div = divergence(s[self.block.which], z / self.o.temperature, self.sums, self.sums_t)
+            return div.excess.sum(-1), div.r_minus_q
+        q = self.target(s)[1]  # the same formula where no log ratio is large, in fewer passes
+        e = torch.expm1(x)
+        kl = torch.linalg.vecdot(q, x.neg_().add_(e))
+        return kl, q.mul_(e)
 
     def cross_entropy_gradient(self, z: Tensor, columns: slice) -> Tensor:
         """p (1 + 2 lam l1) - (1-eps) onehot - eps/V for one vocabulary block, over z."""

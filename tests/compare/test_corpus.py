@@ -1,0 +1,102 @@
+"""Reading, splitting, vocabulary, batches, and the errors for texts that cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiedkl.compare import CompareError, corpus
+
+
+def test_raw_text_is_lowered_and_punctuation_set_apart() -> None:
+    assert corpus.text_tokens("It's  Blue, “he” said...\n=====\nNext_one 3") == [
+        "it's", "blue", ",", "“", "he", "”", "said", "...", "<eos>", "next_one", "3", "<eos>",
+    ]  # fmt: skip
+
+
+def test_hard_wrapped_text_is_read_by_paragraphs() -> None:
+    assert corpus.text_tokens("one\ntwo\n\nthree\n") == ["one", "two", "<eos>", "three", "<eos>"]
+
+
+def test_directory_is_split_on_white_space_only(tmp_path: Path) -> None:
+    for split, text in (("train", " A-b <unk> c. \n\nA-b d\n"), ("valid", "d\n"), ("test", "x A-b\n")):
+        (tmp_path / f"toy.{split}.txt").write_text(text, encoding="utf-8")
+    loaded = corpus.load(str(tmp_path), min_count=1)
+    assert loaded.words == ["<unk>", "<eos>", "A-b", "c.", "d"]
+    assert loaded.train.tolist() == [2, 0, 3, 1, 2, 4, 1]
+    assert loaded.test.tolist() == [0, 2, 1]
+    assert loaded.oov == {"train": 0.0, "valid": 0.0, "test": pytest.approx(1 / 3)}
+
+
+def test_vocabulary_is_capped_by_frequency_then_alphabet() -> None:
+    tokens = ["b", "b", "b", "a", "a", "c", "c", "d", "<eos>", "<unk>"]
+    assert corpus.build_vocabulary(tokens, 10, 2) == ["<unk>", "<eos>", "b", "a", "c"]
+    assert corpus.build_vocabulary(tokens, 4, 1) == ["<unk>", "<eos>", "b", "a"]
+
+
+@pytest.mark.parametrize("n", [100, 999, 1234])
+def test_blocks_divide_the_text_without_loss_or_overlap(n: int) -> None:
+    texts = corpus.split_blocks([str(k) for k in range(n)])
+    assert Counter(w for part in texts.values() for w in part) == Counter(str(k) for k in range(n))
+    assert len(texts["valid"]) == pytest.approx(n / 10, abs=10)
+    assert len(texts["test"]) == pytest.approx(n / 10, abs=10)
+    for half in (range(n // 2), range(n // 2, n)):  # early and late text in every split
+        assert all(set(map(str, half)) & set(part) for part in texts.values())
+
+
+@pytest.mark.parametrize(("n", "n_seq"), [(24, 4), (25, 4), (7, 7), (3, 2)])
+def test_every_token_is_a_target_once_and_follows_its_predecessor(n: int, n_seq: int) -> None:
+    stream = torch.arange(10, 10 + n)
+    inputs, targets = corpus.batches(stream, n_seq)
+    assert inputs.shape == targets.shape == (-(-n // n_seq), n_seq)
+    columns = targets.T.reshape(-1)
+    assert columns[columns != -100].tolist() == stream.tolist()
+    assert inputs.T.reshape(-1)[:n].tolist() == [1, *stream[:-1].tolist()]
+
+
+def test_default_text_is_large_and_has_no_repeated_paragraph() -> None:
+    loaded = corpus.load(None)
+    assert sum(loaded.facts()["tokens"].values()) > 50_000
+    paragraphs = " ".join(corpus.builtin_tokens()).split("<eos>")
+    long = [p for p in paragraphs if len(p) > 300]
+    assert len(long) > 100
+    assert len(set(long)) == len(long)
+
+
+def test_default_text_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data", None)
+    with pytest.raises(CompareError, match="--data"):
+        corpus.load(None)
+
+
+def test_max_tokens_shortens_every_split(text_file: Path) -> None:
+    assert corpus.load(str(text_file), max_tokens=500).facts()["tokens"] == {"train": 500, "valid": 50, "test": 50}
+
+
+def test_digest_depends_on_the_text(text_file: Path) -> None:
+    before = corpus.load(str(text_file)).facts()["sha256"]
+    assert corpus.load(str(text_file)).facts()["sha256"] == before
+    text_file.write_text(text_file.read_text() + "\nba de gi", encoding="utf-8")
+    assert corpus.load(str(text_file)).facts()["sha256"] != before
+
+
+def test_unusable_texts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match="no such file"):
+        corpus.load(str(tmp_path / "absent"))
+    with pytest.raises(CompareError, match=r"one file \*\.train\.txt, found none"):
+        corpus.load(str(tmp_path))
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text(" \n")
+    latin.write_bytes("café".encode("latin-1"))
+    with pytest.raises(CompareError, match="empty"):
+        corpus.load(str(empty))
+    with pytest.raises(CompareError, match=r"not UTF-8 text \(byte 3\)"):
+        corpus.load(str(latin))
+    for name in ("a.train.txt", "b.train.txt"):
+        (tmp_path / name).write_text("x y\n")
+    with pytest.raises(CompareError, match=r"found a\.train\.txt, b\.train\.txt"):
+        corpus.load(str(tmp_path))

@@ -1,0 +1,131 @@
+"""tiedkl/plan.py: arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiedkl import backends
+from tiedkl.plan import DEFAULT_WORKSPACE, MIB, TOKEN_BLOCKS, VOCAB_BLOCKS, Shape, Tuning, make_plan, scratch_bytes
+
+TUNINGS = {name: backends.load(name).TUNING for name in ("cpp", "torch")}
+shapes = st.builds(
+    Shape,
+    tokens=st.integers(0, 200_000),
+    vocab=st.integers(1, 300_000),
+    width=st.integers(1, 8192),
+    teacher_width=st.integers(1, 8192),
+    kl=st.booleans(),
+    grad=st.booleans(),
+    target_grad=st.booleans(),
+    acc_bytes=st.sampled_from((4, 8)),
+    half=st.booleans(),
+    threads=st.integers(1, 64),
+)
+budgets = st.one_of(st.integers(1, 1 << 34), st.none())
+names = st.sampled_from(sorted(TUNINGS))
+
+
+def smallest(shape: Shape, tuning: Tuning) -> int:
+    return scratch_bytes(shape, tuning, 1, 1, 1)
+
+
+@settings(max_examples=400, deadline=None)
+@given(shapes, budgets, names)
+def test_fits_the_budget_or_is_the_smallest(shape: Shape, budget: int | None, name: str) -> None:
+    plan = make_plan(name, shape, TUNINGS[name], budget)
+    assert plan.workspace_bytes == (DEFAULT_WORKSPACE if budget is None else budget)
+    assert plan.scratch_bytes <= plan.workspace_bytes or plan.token_block == plan.vocab_block == 1
+    assert plan.scratch_bytes >= smallest(shape, TUNINGS[name])
+    assert plan.scratch_bytes == scratch_bytes(shape, TUNINGS[name], plan.token_block, plan.target_block, plan.vocab_block)
+
+
+@settings(max_examples=400, deadline=None)
+@given(shapes, budgets, names)
+def test_blocks_are_usable(shape: Shape, budget: int | None, name: str) -> None:
+    plan = make_plan(name, shape, TUNINGS[name], budget)
+    assert 1 <= plan.token_block <= max(shape.tokens, 1)
+    assert 1 <= plan.target_block <= plan.token_block
+    assert 1 <= plan.vocab_block <= shape.vocab
+    assert 1 <= plan.panel <= plan.vocab_block
+    assert (plan.strategy == TOKEN_BLOCKS) == (plan.vocab_block == shape.vocab)
+    assert plan.strategy in (TOKEN_BLOCKS, VOCAB_BLOCKS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, st.integers(1, 1 << 32), st.integers(1, 1 << 32), names)
+def test_a_larger_budget_never_gives_up_token_blocks(shape: Shape, a: int, b: int, name: str) -> None:
+    small, large = (make_plan(name, shape, TUNINGS[name], x) for x in sorted((a, b)))
+    if small.strategy == TOKEN_BLOCKS:
+        assert large.strategy == TOKEN_BLOCKS
+        # Blocks are evened out over the tokens afterwards, so compare how many there are.
+        assert -(-shape.tokens // large.token_block) <= -(-shape.tokens // small.token_block)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, names, st.integers(1, 512), st.integers(1, 4096))
+def test_scratch_grows_with_every_size(shape: Shape, name: str, tokens: int, vocab: int) -> None:
+    tuning = TUNINGS[name]
+    base = scratch_bytes(shape, tuning, tokens, tokens, vocab)
+    assert scratch_bytes(shape, tuning, tokens + 1, tokens, vocab) >= base
+    assert scratch_bytes(shape, tuning, tokens, tokens + 1, vocab) >= base
+    assert scratch_bytes(shape, tuning, tokens, tokens, vocab + 1) >= base
+    assert scratch_bytes(replace(shape, width=shape.width + 1), tuning, tokens, tokens, vocab) >= base
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_scratch_does_not_grow_with_the_tokens(name: str) -> None:
+    def plan(tokens: int) -> int:
+        return make_plan(name, Shape(tokens, 50257, 768, 768), TUNINGS[name]).scratch_bytes
+
+    # Evening out the blocks may move them by one token.
+    assert plan(1 << 22) <= plan(1 << 15) * 1.01
+    assert plan(1 << 22) <= DEFAULT_WORKSPACE
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_a_budget_picks_the_strategy(name: str) -> None:
+    shape = Shape(4096, 32000, 512, 512)
+    assert make_plan(name, shape, TUNINGS[name], 1 << 30).strategy == TOKEN_BLOCKS
+    strict = make_plan(name, shape, TUNINGS[name], 1 * MIB)
+    assert strict.strategy == VOCAB_BLOCKS
+    assert strict.scratch_bytes <= 1 * MIB
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+@pytest.mark.parametrize("budget", [48 << 10, 1 << 20, 8 << 20])
+def test_a_small_budget_keeps_blocks_large_in_half_precision(name: str, budget: int) -> None:
+    # The copy of a panel of weights must not eat the budget: it shrinks with the block.
+    plan = make_plan(name, Shape(257, 331, 17, 17, half=True), TUNINGS[name], budget)
+    assert plan.vocab_block >= 64
+
+
+@pytest.mark.parametrize(
+    ("grad", "kl", "budget", "gemms"),
+    [
+        (True, True, 1 << 30, "3 + rho"),
+        (True, False, 1 << 30, "3"),
+        (False, True, 1 << 30, "1 + rho"),
+        (False, False, 1 << 30, "1"),
+        (True, True, 1 << 20, "4 + 2 rho"),
+        (True, False, 1 << 20, "4"),
+        (False, True, 1 << 20, "2 + 2 rho"),
+        (False, False, 1 << 20, "1"),
+    ],
+)
+def test_matrix_products_are_counted(grad: bool, kl: bool, budget: int, gemms: str) -> None:
+    shape = Shape(4096, 32000, 256, 256, kl=kl, grad=grad)
+    assert make_plan("cpp", shape, TUNINGS["cpp"], budget).gemms == gemms
+
+
+def test_printed_plan_is_readable() -> None:
+    plan = make_plan("cpp", Shape(4096, 32000, 512, 512), TUNINGS["cpp"], 8 * MIB)
+    plan.skipped["torch"] = "cpp comes first"
+    text = str(plan)
+    assert "cpp" in text
+    assert plan.strategy in text
+    assert "of 8.0 MiB" in text
+    assert "cpp comes first" in text

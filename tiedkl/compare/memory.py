@@ -1,0 +1,40 @@
+"""How many bytes the loss layer needs, and how many it would need written out in plain PyTorch.
+
+Counted are the gradients of hidden states, output matrix and bias that the layer hands back, plus its scratch as
+`tiedkl.explain` plans it. Eager PyTorch keeps whole (N, V) matrices alive instead: 3 at the peak of forward and
+backward for the cross-entropy, 7 with the augmented loss (peak resident size less that before, divided by N * V * 4;
+torch 2.13, CPU).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tiedkl
+
+from .models import LanguageModel, VariantLoss
+
+EAGER_MATRICES = {False: 3, True: 7}  # by: augmented?
+
+
+def loss_memory(model: LanguageModel, loss: VariantLoss, n_tokens: int) -> dict[str, Any]:
+    """Bytes of the loss layer for `n_tokens` tokens in float32: scratch, gradients, total, and eager's total."""
+    weight = model.weight
+    n_vocab, width = weight.shape
+    hidden = torch.zeros(n_tokens, width, device=weight.device, requires_grad=True)
+    target = torch.zeros(n_tokens, dtype=torch.int64, device=weight.device)
+    call = loss.inputs(model, hidden, target)
+    plan = tiedkl.explain(**call, **loss.arguments, reduction="sum", return_terms=True)
+    gradients = 4 * (n_tokens * width + n_vocab * width + (0 if model.bias is None else n_vocab))
+    matrices = EAGER_MATRICES[loss.variant.augmented]
+    return {
+        "tokens": n_tokens,
+        "impl": plan.impl,
+        "scratch_bytes": plan.scratch_bytes,
+        "gradient_bytes": gradients,
+        "total_bytes": plan.scratch_bytes + gradients,
+        "eager_matrices": matrices,
+        "eager_bytes": matrices * n_tokens * n_vocab * 4 + gradients,
+    }

@@ -1,0 +1,102 @@
+"""The language model of each variant, and the one loss that serves all four.
+
+            output matrix     bias   weight of the KL        similarity metric
+baseline    its own (V, D)    yes    0                       -
++AL         its own (V, D)    yes    gamma * temperature     the input embedding
++RE         the embedding     no     0                       -
++REAL       the embedding     no     gamma * temperature     the embedding (that is, the output matrix)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tiedkl
+
+from .lstm import State, VariationalLSTM
+from .settings import Variant
+from .transformer import Transformer
+
+
+class LanguageModel(nn.Module):
+    """Embedding (V, D), body (T, B, D) -> (T, B, D), and the output matrix, which is the embedding when `tied`."""
+
+    def __init__(self, n_vocab: int, settings: dict[str, Any], *, tied: bool) -> None:
+        super().__init__()
+        width, layers, dropout = settings["hidden"], settings["layers"], settings["dropout"]
+        self.embedding = nn.Embedding(n_vocab, width)
+        self.body: VariationalLSTM | Transformer = (
+            VariationalLSTM(width, layers, dropout)
+            if settings["model"] == "lstm"
+            else Transformer(width, layers, dropout, settings["bptt"])
+        )
+        self.output = None if tied else nn.Linear(width, n_vocab)
+        self._initialise(settings["seed"], settings["model"])
+
+    def _initialise(self, seed: int, kind: str) -> None:
+        """Draw every parameter from its own stream, so that what two variants share starts equal.
+
+        LSTM: uniform in +-0.1 (Zaremba et al. 2014). Transformer: normal of deviation 0.02, norms one, biases zero.
+        """
+        with torch.no_grad():
+            for k, part in enumerate((self.embedding, self.body, self.output)):
+                if part is None:
+                    continue
+                generator = torch.Generator().manual_seed(seed * 3 + k)
+                for name, p in part.named_parameters():
+                    if kind == "lstm":
+                        p.uniform_(-0.1, 0.1, generator=generator)
+                    elif p.dim() > 1:
+                        p.normal_(0.0, 0.02, generator=generator)
+                    else:
+                        p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            if self.output is not None:
+                self.output.bias.zero_()
+
+    @property
+    def weight(self) -> Tensor:
+        """The output matrix (V, D)."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The output bias (V,); reused embeddings have none."""
+        return None if self.output is None else self.output.bias
+
+    def forward(self, tokens: Tensor, state: State, generator: torch.Generator) -> tuple[Tensor, State]:
+        """tokens (T, B) int64 -> hidden states (T, B, D) and the state to carry on, detached."""
+        hidden, state = self.body(self.embedding(tokens), state, generator)
+        return hidden, state
+
+
+class VariantLoss(nn.Module):
+    """The loss of a variant: the sum over a window's tokens, and the terms of `TiedLossOutput`, summed too."""
+
+    def __init__(self, variant: Variant, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.variant = variant
+        self.arguments = {
+            "temperature": settings["temperature"],
+            "alpha": settings["gamma"] * settings["temperature"] if variant.augmented else 0.0,
+            "impl": settings["impl"],
+        }
+        self.loss = tiedkl.FusedTiedLoss(**self.arguments, reduction="sum", return_terms=True)
+        self.plain = tiedkl.FusedTiedLoss(alpha=0.0, impl=settings["impl"], reduction="sum", return_terms=True)
+
+    def inputs(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> dict[str, Any]:
+        """The arguments of the loss; the similarity target is a constant, so its metric is detached."""
+        call = {"input": hidden, "weight": model.weight, "target": target, "bias": model.bias}
+        if self.variant.augmented and not self.variant.tied:
+            call["target_weight"] = model.embedding.weight.detach()
+        return call
+
+    def forward(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> Any:
+        """hidden (T, B, D), target (T, B) -> TiedLossOutput."""
+        return self.loss(**self.inputs(model, hidden, target))
+
+    def cross_entropy(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> Tensor:
+        """Plain cross-entropy, summed: what every variant is judged by."""
+        return self.plain(hidden, model.weight, target, model.bias).ce

@@ -1,0 +1,198 @@
+"""Training of one variant: a resumable sequence of steps, an evaluation after each epoch, the test at the end.
+
+LSTM: stochastic gradient descent on the loss summed over the window's time steps and averaged over its sequences, which
+is what the learning rate 1 of Zaremba et al. (2014) and Inan et al. (2017) refers to; a mean over tokens would make the
+same rate `bptt` times smaller. The hidden state is carried from window to window. Transformer: AdamW on the mean over
+tokens. Both: global-norm clipping, and a rate that falls by a constant factor an epoch after the first few.
+
+Perplexity is exp(mean cross-entropy) without dropout, computed alike for every variant.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .corpus import SPLITS, Corpus, batches
+from .lstm import State
+from .models import LanguageModel, VariantLoss
+from .settings import CompareError, Variant
+
+Event = Literal["step", "epoch", "done"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets of each split, both (T, B), on the training device."""
+
+    n_vocab: int
+    train: tuple[Tensor, Tensor]
+    valid: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, corpus: Corpus, n_seq: int, device: torch.device) -> Data:
+        """Lay the corpus out in `n_seq` columns."""
+        pairs = [tuple(t.to(device) for t in batches(getattr(corpus, split), n_seq)) for split in SPLITS]
+        return cls(len(corpus.words), *pairs)  # type: ignore[arg-type]
+
+
+def perplexity(ce: float) -> float:
+    """exp(ce); infinite where that overflows."""
+    return math.exp(ce) if ce < 700 else math.inf
+
+
+class Trainer:
+    """One variant on its way; `state_dict` and `load_state_dict` hold everything that changes."""
+
+    def __init__(self, variant: Variant, settings: dict[str, Any], data: Data, device: torch.device) -> None:
+        self.variant, self.settings, self.data, self.device = variant, settings, data, device
+        self.model = LanguageModel(data.n_vocab, settings, tied=variant.tied).to(device)
+        self.loss = VariantLoss(variant, settings)
+        self.generator = torch.Generator(device).manual_seed(settings["seed"])
+        self.is_lstm = settings["model"] == "lstm"
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(self.model.parameters(), lr=settings["lr"])
+            if self.is_lstm
+            else torch.optim.AdamW(self.model.parameters(), lr=settings["lr"])
+        )
+        self.steps_per_epoch = -(-len(data.train[0]) // settings["bptt"])
+        self.epoch = self.step = 0
+        self.carried: State = []
+        self.sums = {"ce": 0.0, "kl": 0.0, "tokens": 0, "seconds": 0.0}  # of the epoch under way
+        self.seconds = 0.0  # of training and evaluation so far
+        self.trained = {"tokens": 0, "seconds": 0.0}  # so far, evaluation left out
+        self.curves: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}  # epoch, valid_ppl, weights
+        self.test_ppl: float | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.test_ppl is not None
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def run(self) -> Iterator[Event]:
+        """Train to the end. At every event the object is whole: it may be saved, or left."""
+        while self.epoch < self.settings["epochs"]:
+            while self.step < self.steps_per_epoch:
+                self._train_step()
+                yield "step"
+            self._end_epoch()
+            yield "epoch"
+        if not self.done:
+            began = time.perf_counter()
+            self.model.load_state_dict(self.best["weights"])
+            self.test_ppl = perplexity(self.evaluate(self.data.test))
+            self.seconds += time.perf_counter() - began
+            yield "done"
+
+    def learning_rate(self) -> float:
+        """lr, times lr_decay for each epoch after the first `decay_after`."""
+        s = self.settings
+        return s["lr"] * s["lr_decay"] ** max(0, self.epoch + 1 - s["decay_after"])
+
+    def _train_step(self) -> None:
+        began = time.perf_counter()
+        bptt, (inputs, targets) = self.settings["bptt"], self.data.train
+        n_seq = inputs.shape[1]
+        if self.step == 0:
+            self.carried = self.model.body.start(n_seq)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+        window = slice(self.step * bptt, (self.step + 1) * bptt)
+        self.model.train()
+        hidden, carried = self.model(inputs[window], self.carried, self.generator)
+        terms = self.loss(self.model, hidden, targets[window])
+        n_tokens = int((targets[window] >= 0).sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        (terms.loss / (n_seq if self.is_lstm else max(1, n_tokens))).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["clip"])
+        self.optimizer.step()
+        self.carried, self.step = carried, self.step + 1
+        seconds = time.perf_counter() - began
+        added = {"ce": float(terms.ce), "kl": float(terms.kl), "tokens": n_tokens, "seconds": seconds}
+        self.sums = {name: value + added[name] for name, value in self.sums.items()}
+        self.trained["tokens"] += n_tokens
+        self.trained["seconds"] += seconds
+        self.seconds += seconds
+
+    def _end_epoch(self) -> None:
+        began = time.perf_counter()
+        valid_ce = self.evaluate(self.data.valid)
+        sums = self.sums
+        if not math.isfinite(valid_ce + sums["ce"]):
+            raise CompareError(
+                f"{self.variant.label}: training diverged in epoch {self.epoch + 1} (the loss is not a number); "
+                "try a smaller --lr or --clip, with --fresh"
+            )
+        self.curves.append(
+            {
+                "epoch": self.epoch + 1,
+                "lr": self.learning_rate(),
+                "train_ce": sums["ce"] / sums["tokens"],
+                "train_kl": sums["kl"] / sums["tokens"] if self.variant.augmented else None,
+                "valid_ce": valid_ce,
+                "valid_ppl": perplexity(valid_ce),
+                "tokens_per_second": sums["tokens"] / sums["seconds"],
+            }
+        )
+        if not self.best or perplexity(valid_ce) < self.best["valid_ppl"]:
+            weights = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+            self.best = {"epoch": self.epoch + 1, "valid_ppl": perplexity(valid_ce), "weights": weights}
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums = {name: type(value)() for name, value in sums.items()}
+        self.seconds += time.perf_counter() - began
+
+    @torch.no_grad()
+    def evaluate(self, split: tuple[Tensor, Tensor]) -> float:
+        """Mean cross-entropy a token, in nats, without dropout, the state carried through the whole split."""
+        self.model.eval()
+        (inputs, targets), total = split, 0.0
+        state = self.model.body.start(inputs.shape[1])
+        for x, y in zip(inputs.split(self.settings["bptt"]), targets.split(self.settings["bptt"]), strict=True):
+            hidden, state = self.model(x, state, self.generator)
+            total += float(self.loss.cross_entropy(self.model, hidden, y))
+        return total / int((targets >= 0).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a checkpoint must hold; tensors, numbers, strings and containers only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name) for name in self._PLAIN},
+        }
+
+    _PLAIN = ("epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the numbers that follow are the same to the last bit."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+
+    def result(self) -> dict[str, Any]:
+        """The variant's part of the report (see report.py)."""
+        return {
+            "status": "done" if self.done else "partial",
+            "epochs_done": self.epoch + self.step / self.steps_per_epoch,
+            "epochs_planned": self.settings["epochs"],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "best_epoch": self.best.get("epoch"),
+            "valid_ppl": self.best.get("valid_ppl"),
+            "test_ppl": self.test_ppl,
+            "tokens_per_second": self.trained["tokens"] / self.trained["seconds"] if self.steps_done else None,
+            "seconds": self.seconds,
+            "curves": self.curves,
+        }

@@ -1,12 +1,13 @@
 """CE + KL forward and backward on a CPU: tiedkl against eager PyTorch, torch.compile and F.linear_cross_entropy.
 
-    python benchmarks/bench_cpu.py                     every shape; table on the terminal, JSON under benchmarks/results/
+    python benchmarks/bench_cpu.py              every shape; table on the terminal, JSON under benchmarks/results/
     python benchmarks/bench_cpu.py --shapes 64,1000,64 --dtype bfloat16 --rounds 9
-    python benchmarks/bench_cpu.py --smoke             toy size, for continuous integration
+    python benchmarks/bench_cpu.py --markdown   the README's table from the JSON; measures nothing
+    python benchmarks/bench_cpu.py --smoke      toy size, for continuous integration
 
-Every candidate is checked against the float64 specification before it is timed. Candidates are timed in interleaved rounds in
-one process and compared by medians; times are also given in units of one N x V x D matrix product into a ready buffer, timed
-in the same rounds. Peak memory is the growth of the resident set beyond inputs and gradients (Linux).
+Every candidate is checked against the float64 specification before it is timed. Candidates are timed in interleaved
+rounds in one process and compared by medians; times are also given in units of one N x V x D matrix product into a
+ready buffer, timed in the same rounds. Peak memory is the growth of the resident set beyond inputs and gradients (Linux).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SHAPES = [
 ]
 TAU, ALPHA = 20.0, 10.0
 STRICT_BYTES = 8 << 20
+RESULT = Path(__file__).parent / "results" / "cpu" / "bench_cpu.json"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -169,26 +171,73 @@ def measure(n: int, v: int, d: int, dtype: torch.dtype, rounds: int, smoke: bool
         for name, s in seconds.items()
     }
     plan = tiedkl.explain(h, w, y, temperature=TAU, alpha=ALPHA)
-    return {"N": n, "V": v, "D": d, "dtype": str(dtype)[6:], "rho": rho, "unit_seconds": unit, "plan": str(plan), "rows": rows}
+    return {
+        "N": n,
+        "V": v,
+        "D": d,
+        "dtype": str(dtype)[6:],
+        "rho": rho,
+        "unit_seconds": unit,
+        "plan": str(plan),
+        "rows": rows,
+    }
+
+
+BASELINES = ("eager CE+KL", "torch.compile CE+KL", "eager CE")
 
 
 def show(result: dict) -> None:
-    rows = result["rows"]
+    """Print one shape's table."""
+    rows, unit = result["rows"], result["unit_seconds"]
     n, v, d = result["N"], result["V"], result["D"]
-    gflops = 2 * n * v * d / result["unit_seconds"] / 1e9
-    print(f"\nN={n} V={v} D={d} {result['dtype']}, rho={result['rho']:.2f}; one GEMM: {result['unit_seconds'] * 1e3:.2f} ms, {gflops:.0f} GFLOP/s")
-    baselines = [b for b in ("eager CE+KL", "torch.compile CE+KL", "eager CE") if b in rows]
-    print(f"  {'':28}{'ms':>9}{'GEMMs':>8}{'floor':>7}" + "".join(f"{'/ ' + b:>22}" for b in baselines) + f"{'extra MiB':>11}{'err dh':>9}")
+    gflops = 2 * n * v * d / unit / 1e9
+    print(
+        f"\nN={n} V={v} D={d} {result['dtype']}, rho={result['rho']:.2f}; GEMM {unit * 1e3:.2f} ms, {gflops:.0f} GFLOP/s"
+    )
+    baselines = [b for b in BASELINES if b in rows]
+    columns = "".join(f"{'/ ' + b:>22}" for b in baselines)
+    print(f"  {'':28}{'ms':>9}{'GEMMs':>8}{'floor':>7}{columns}{'extra MiB':>11}{'err dh':>9}")
     for name, row in rows.items():
-        ratios = "".join(f"{row['seconds'] / rows[b]['seconds']:22.3f}" for b in baselines)
-        mib = f"{row['peak_bytes'] / 2**20:11.1f}" if row["peak_bytes"] is not None else f"{'?':>11}"
-        print(f"  {name:28}{row['seconds'] * 1e3:9.2f}{row['gemm_units']:8.2f}{row['floor_fraction']:7.2f}{ratios}{mib}{row['errors']['dh']:9.1e}")
+        seconds, peak = row["seconds"], row["peak_bytes"]
+        ratios = "".join(f"{seconds / rows[b]['seconds']:22.3f}" for b in baselines)
+        mib = "?" if peak is None else f"{peak / 2**20:.1f}"
+        line = f"  {name:28}{seconds * 1e3:9.2f}{row['gemm_units']:8.2f}{row['floor_fraction']:7.2f}"
+        print(f"{line}{ratios}{mib:>11}{row['errors']['dh']:9.1e}")
+
+
+def markdown(report: dict) -> str:
+    """The README's table."""
+    head = [
+        "N, V, D",
+        "dtype",
+        "ρ",
+        *(f"time / {b}" for b in BASELINES),
+        "GEMM floor / time",
+        "extra memory, MiB (eager)",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for result in report["results"]:
+        rows = result["rows"]
+        ours, eager = rows["tiedkl cpp"], rows["eager CE+KL"]
+        ratios = [f"{ours['seconds'] / rows[b]['seconds']:.2f}" if b in rows else "-" for b in BASELINES]
+        memory = f"{ours['peak_bytes'] / 2**20:.0f} ({eager['peak_bytes'] / 2**20:.0f})"
+        shape = f"{result['N']}, {result['V']}, {result['D']}"
+        cells = [shape, result["dtype"], f"{result['rho']:.2f}", *ratios, f"{ours['floor_fraction']:.2f}", memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    s = report["stamp"]
+    caption = f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}, `{s['command'].strip()}`."
+    return "\n".join([*lines, "", caption])
 
 
 def stamp() -> dict:
     """What the figures depend on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
     return {
         "command": "python benchmarks/bench_cpu.py " + " ".join(sys.argv[1:]),
         "commit": commit.stdout.strip(),
@@ -205,14 +254,18 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", metavar="N,V,D", help="instead of the built-in list")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="for --shapes")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write; default benchmarks/results/cpu/bench_cpu.json, none for --smoke")
+    parser.add_argument("--json", type=Path, help="where to write; default benchmarks/results/cpu/, none for --smoke")
     parser.add_argument("--smoke", action="store_true", help="toy size")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table from the JSON and stop")
     args = parser.parse_args()
     shapes = [(*map(int, s.split(",")), args.dtype) for s in args.shapes] if args.shapes else SHAPES
     if args.smoke:
         shapes, args.rounds = [(48, 500, 32, "float32"), (48, 500, 32, "bfloat16")], 1
-    out = args.json or (None if args.smoke else Path(__file__).parent / "results" / "cpu" / "bench_cpu.json")
-    report = {"stamp": stamp(), "results": []}
+    out = args.json or (None if args.smoke else RESULT)
+    if args.markdown:
+        print(markdown(json.loads((out or RESULT).read_text())))
+        return
+    report: dict = {"stamp": stamp(), "results": []}
     try:
         for n, v, d, dtype in shapes:
             report["results"].append(measure(n, v, d, getattr(torch, dtype), args.rounds, args.smoke))

@@ -19,7 +19,7 @@ Number = int | float
 
 
 class TiedLossOutput(NamedTuple):
-    """What `return_terms=True` gives. All but `loss` are detached and reduced like it: weighted means, sums, or per token."""
+    """What `return_terms=True` gives. All but `loss` are detached, and reduced like it: means, sums, or per token."""
 
     loss: Tensor  # ce + alpha * kl
     ce: Tensor  # cross-entropy in nats, smoothing and z-loss included
@@ -145,7 +145,7 @@ def _arguments(
     num_items: Number | Tensor | None,
     shift: int,
 ) -> _Call:
-    """Check, autocast, shift and flatten the tensors. TypeError for dtypes, ValueError for shapes, ranges and devices."""
+    """Check, autocast, shift and flatten the tensors. TypeError for dtypes, ValueError for shapes and devices."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
     device = input.device
@@ -157,7 +157,9 @@ def _arguments(
         floats["target_weight"] = _tensor("target_weight", target_weight, device)
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        floats = {k: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in floats.items()}
+        floats = {
+            k: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for k, x in floats.items()
+        }
     input, weight = floats["input"], floats["weight"]
     bias, target_weight = floats.get("bias"), floats.get("target_weight")
     if input.dtype not in DTYPES:
@@ -176,7 +178,9 @@ def _arguments(
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input.shape[-1]={input.shape[-1]} does not match weight.shape[1]={weight.shape[1]}")
     if target.shape != input.shape[:-1]:
-        raise ValueError(f"target.shape={tuple(target.shape)} does not match input.shape[:-1]={tuple(input.shape[:-1])}")
+        raise ValueError(
+            f"target.shape={tuple(target.shape)} does not match input.shape[:-1]={tuple(input.shape[:-1])}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias.shape={tuple(bias.shape)} does not match weight.shape[:1]={tuple(weight.shape[:1])}")
     if target_weight is not None and (target_weight.dim() != 2 or target_weight.shape[0] != weight.shape[0]):
@@ -188,9 +192,13 @@ def _arguments(
         if not token_weight.is_floating_point():
             raise TypeError(f"token_weight.dtype={token_weight.dtype} is not a floating dtype")
         if token_weight.shape != target.shape:
-            raise ValueError(f"token_weight.shape={tuple(token_weight.shape)} does not match target.shape={tuple(target.shape)}")
+            raise ValueError(
+                f"token_weight.shape={tuple(token_weight.shape)} does not match target.shape={tuple(target.shape)}"
+            )
         if token_weight.requires_grad:
-            raise ValueError("token_weight requires a gradient, but it is treated as a constant: pass token_weight.detach()")
+            raise ValueError(
+                "token_weight requires a gradient, but it is treated as a constant: pass token_weight.detach()"
+            )
     count = _num_items(num_items, ops.REDUCTIONS[settings.scalars.reduction], device)
     target, token_weight = _shift(target, token_weight, shift, settings.scalars.ignore_index)
     return _Call(
@@ -284,7 +292,7 @@ def fused_tied_loss(
     shift: int = 0,
     **options: Unpack[LossOptions],
 ) -> Tensor | TiedLossOutput:
-    """Tied-embedding cross-entropy + alpha * KL(softmax(w[y] w^T / tau) || softmax(z / tau)), z = input weight^T + bias.
+    """Tied cross-entropy + alpha * KL(softmax(w[y] w^T / tau) || softmax(z / tau)), z = input weight^T + bias.
 
     The functional form of `FusedTiedLoss`, which documents the arguments and the options, their defaults and errors.
     """
@@ -296,7 +304,7 @@ def fused_tied_loss(
 class FusedTiedLoss(nn.Module):
     """Cross-entropy of a tied softmax plus the augmented loss of Inan, Khosravi and Socher (2017), in one fused pass.
 
-    loss = CE + alpha * KL(q || r), with logits z = input weight^T + bias, r = softmax(z / tau), and the similarity target
+    loss = CE + alpha * KL(q || r), with logits z = input weight^T + bias, r = softmax(z / tau), and the target
     q = softmax(weight[target] weight^T / tau): words whose embeddings resemble the target's are pulled up with it.
     No (tokens x vocabulary) matrix is ever held. The module owns no parameters: the model keeps the one tied matrix.
     Source: arXiv 1611.01462, equations 3.1-3.5.
@@ -315,7 +323,7 @@ class FusedTiedLoss(nn.Module):
         impl: "auto", or one of "cpp", "torch", "reference"; a named one that cannot run raises RuntimeError.
         return_terms: return a `TiedLossOutput` instead of the loss alone, at no extra pass.
 
-    Calling it, `loss_fn(input, weight, target, bias=None, *, target_weight=None, token_weight=None, num_items=None, shift=0)`:
+    Arguments of a call, `loss_fn(input, weight, target, bias=None, *, target_weight=None, ...)`:
         input: (..., D) hidden states; float32, bfloat16, float16 or float64, any strides.
         weight: (V, D), same dtype: the embedding matrix.
         target: (...) int64 or int32 ids in [0, V), or `ignore_index`.
@@ -326,8 +334,8 @@ class FusedTiedLoss(nn.Module):
         shift: k > 0 lets input[..., :-k, :] predict target[..., k:], without a copy of the input.
 
     Returns:
-        The loss in float32 (float64 for float64 input): a scalar, or shaped like `target` (its last dimension shorter by
-        `shift`) for reduction="none". 0 with zero gradients when no token is valid.
+        The loss in float32 (float64 for float64 input): a scalar, or for reduction="none" shaped like `target`, its
+        last dimension shorter by `shift`. 0 with zero gradients when no token is valid.
 
     Raises:
         TypeError: for types and dtypes. ValueError: for shapes, ranges, devices and enums, and on the CPU for a target

@@ -155,10 +155,8 @@ def tied_loss(
     if p.y.device.type != "cpu":
         per_token = torch.where(p.y == POISONED, float("nan"), per_token)
         scale = torch.where(p.y == POISONED, 1.0, scale)
-    if c.reduction == NONE:
-        loss = scale * per_token
-    else:
-        loss = (scale.double() @ per_token.double()).to(p.acc)
+    total = c.reduction != NONE
+    loss = (scale.double() @ per_token.double()).to(p.acc) if total else scale * per_token
     d_h, d_w, d_b, d_t = (h.new_empty(0, dtype=p.acc) if d is None else d for d in grads)
     return loss, torch.stack(terms), scale, d_h, d_w, d_b, d_t
 
@@ -190,7 +188,7 @@ def tied_loss_backward(
     ints: list[int],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_h, d_w, d_b, d_t) in the dtypes of their inputs: `saved` times a scalar upstream, or a new walk for upstream (N,)."""
+    """(d_h, d_w, d_b, d_t) in their inputs' dtypes: `saved` times a scalar upstream, or a new walk for one (N,)."""
     if saved:
         return tuple((d * upstream).to(h.dtype) if d.numel() else h.new_empty(d.shape) for d in saved)  # type: ignore[return-value]
     c = Scalars.unpack(floats, ints)
@@ -236,7 +234,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _may_overwrite() -> bool:
-    """Whether the graph is freed after this backward, so that saved gradients may be scaled in place (saves one V x D)."""
+    """Whether the graph is freed after this backward: saved gradients may be scaled in place, which saves one V x D."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -251,7 +249,9 @@ def _double_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("FusedTiedLoss has no second derivative: its backward cannot be differentiated (create_graph=True)")
+    raise RuntimeError(
+        "FusedTiedLoss has no second derivative: its backward cannot be differentiated (create_graph=True)"
+    )
 
 
 tied_loss_backward.register_autograd(_double_backward, setup_context=_double_setup)

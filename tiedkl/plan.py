@@ -68,7 +68,7 @@ class Plan:
         lines = [
             f"impl       {self.impl}",
             f"strategy   {self.strategy}: {self.gemms} GEMMs of N x V x D",
-            f"blocks     {self.token_block} tokens x {self.vocab_block} vocabulary rows, {self.target_block} distinct targets",
+            f"blocks     {self.token_block} tokens x {self.vocab_block} vocabulary rows, {self.target_block} targets",
             f"scratch    {self.scratch_bytes / MIB:.1f} MiB of {self.workspace_bytes / MIB:.1f} MiB",
         ]
         return "\n".join(lines + [f"not {name:<10} {why}" for name, why in self.skipped.items()])
@@ -100,6 +100,17 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
+def _gemms(shape: Shape, strategy: str) -> str:
+    """Matrix products in units of N x V x D, rho the share of distinct targets."""
+    target_grad = shape.kl and shape.grad and shape.target_grad
+    walks = 1  # of the logits and the similarities
+    if strategy == VOCAB_BLOCKS:
+        walks += (1 if shape.grad else 0) + (1 if shape.kl and (target_grad or not shape.grad) else 0)
+    rho = walks + (2 if target_grad else 0) if shape.kl else 0
+    units = walks + (2 if shape.grad else 0)
+    return f"{units} + {rho if rho > 1 else ''}{' ' if rho > 1 else ''}rho" if rho else f"{units}"
+
+
 def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | None = None) -> Plan:
     """The cheapest strategy whose scratch fits `workspace_bytes` (default 64 MiB), or the smallest blocks there are."""
     budget = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
@@ -119,8 +130,6 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
     if tokens < n:  # equal blocks
         tokens = -(-n // -(-n // tokens))
     strategy = TOKEN_BLOCKS if vocab >= v else VOCAB_BLOCKS
-    rho = " + 2 rho" if strategy == VOCAB_BLOCKS else " + rho"
-    products = (3 if shape.grad else 1) + (1 if strategy == VOCAB_BLOCKS and (shape.grad or shape.kl) else 0)
     targets = _targets(tuning, tokens)
     return Plan(
         impl=impl,
@@ -131,5 +140,5 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         panel=min(tuning.panel, vocab),
         scratch_bytes=scratch_bytes(shape, tuning, tokens, targets, vocab),
         workspace_bytes=budget,
-        gemms=f"{products}{rho if shape.kl else ''}",
+        gemms=_gemms(shape, strategy),
     )

@@ -17,7 +17,7 @@ POISONED = -2  # a target outside [0, V) on a device where raising would cost a 
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses, statistics and unscaled gradients for inputs of `dtype`: float64 stays, the rest is float32."""
+    """The dtype of losses, statistics and unscaled gradients: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

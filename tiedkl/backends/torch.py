@@ -26,7 +26,7 @@ TUNING = Tuning(
     min_token_block=8,
     min_vocab_block=512,
     panel=1 << 62,
-    block_bytes=8 << 20,
+    block_bytes=16 << 20,
 )
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: multiplication permutes the int64s
 
@@ -99,7 +99,9 @@ class _Walk:
         self.target_grad &= needs.w if p.t is None else needs.t
         self.terms = p.h.new_zeros(5, p.h.shape[0], dtype=p.acc)
         shapes = {"h": p.h, "w": p.w, "b": p.b, "t": p.t}
-        self.d = {k: x.new_zeros(x.shape, dtype=p.acc) for k, x in shapes.items() if x is not None and getattr(needs, k)}
+        self.d = {
+            k: x.new_zeros(x.shape, dtype=p.acc) for k, x in shapes.items() if x is not None and getattr(needs, k)
+        }
 
     def run(self) -> tuple[Terms, Grads]:
         for block in blocks(self.p, self.plan, self.g):
@@ -170,7 +172,9 @@ class _Walk:
         """d KL / d s per distinct target, through s = t[u] t^T / tau."""
         p, o = self.p, self.o
         assert block.g is not None
-        per_token = torch.where(q > 0, q * (delta - rows.mean_delta[:, None]), 0.0).mul_(block.g * (o.alpha / o.temperature))
+        per_token = torch.where(q > 0, q * (delta - rows.mean_delta[:, None]), 0.0).mul_(
+            block.g * (o.alpha / o.temperature)
+        )
         per_target = q.new_zeros(len(block.targets), q.shape[1]).index_add_(0, block.which, per_token)
         d_t = self.d["w" if p.t is None else "t"]
         d_t[columns].addmm_(per_target.T, block.u)

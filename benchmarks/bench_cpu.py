@@ -7,7 +7,7 @@
 
 Every candidate is checked against the float64 specification before it is timed. Candidates are timed in interleaved
 rounds in one process and compared by medians; times are also given in units of one N x V x D matrix product into a
-ready buffer, timed in the same rounds. Peak memory is the growth of the resident set beyond inputs and gradients (Linux).
+ready buffer, timed in the same rounds. Peak memory is the resident set beyond inputs and gradients (Linux).
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def show(result: dict) -> None:
     n, v, d = result["N"], result["V"], result["D"]
     gflops = 2 * n * v * d / unit / 1e9
     print(
-        f"\nN={n} V={v} D={d} {result['dtype']}, rho={result['rho']:.2f}; GEMM {unit * 1e3:.2f} ms, {gflops:.0f} GFLOP/s"
+        f"\nN={n} V={v} D={d} {result['dtype']}, rho={result['rho']:.2f}; "
+        f"one GEMM {unit * 1e3:.2f} ms, {gflops:.0f} GFLOP/s"
     )
     baselines = [b for b in BASELINES if b in rows]
     columns = "".join(f"{'/ ' + b:>22}" for b in baselines)

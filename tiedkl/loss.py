@@ -32,7 +32,7 @@ class TiedLossOutput(NamedTuple):
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    if not low <= value <= high or value == math.inf or (open_low and value == low):  # NaN fails the first
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name}={value} is outside {interval}")
     return float(value)

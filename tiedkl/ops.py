@@ -225,7 +225,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     h, w, target, *rest = ctx.saved_tensors
     b, t, token_weight = (rest.pop(0) if has else None for has in ctx.has)
     saved = rest
-    if saved and _may_overwrite():
+    if saved and _may_overwrite(saved):
         grads = [d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved]
     else:
         grads = tied_loss_backward(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
@@ -233,9 +233,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (d_h, d_w, None, d_b, d_t, *nothing)
 
 
-def _may_overwrite() -> bool:
+def _may_overwrite(saved: list[Tensor]) -> bool:
     """Whether the graph is freed after this backward: saved gradients may be scaled in place, which saves one V x D."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or any(type(d) is not Tensor for d in saved):  # a subclass: somebody is tracing
         return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is not None and not keep_graph()

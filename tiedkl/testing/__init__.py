@@ -7,7 +7,7 @@
 
 from .cases import ALL_DTYPES, KINDS, Case, Inputs, cases, find_case, make_case, make_inputs
 from .judge import Judgement, Measured, Ratio, judge, suite_ratios
-from .oracle import FIXED_ULPS, GRADS, TERMS, Values, eager, flatten, truth, ulp, use
+from .oracle import FIXED_ULPS, GRADS, TERMS, Values, arguments, eager, flatten, truth, ulp, use
 
 __all__ = [
     "ALL_DTYPES",
@@ -21,6 +21,7 @@ __all__ = [
     "Measured",
     "Ratio",
     "Values",
+    "arguments",
     "cases",
     "eager",
     "find_case",

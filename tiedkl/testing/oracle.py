@@ -15,9 +15,10 @@ from torch import Tensor
 
 import tiedkl
 
-from .. import reference
+from .. import backends, reference
+from ..plan import Shape, scratch_bytes
 from ..problem import Needs, Options, Problem
-from .cases import IGNORE, Case, Inputs
+from .cases import IGNORE, NARROW, Case, Inputs
 
 TERMS = ("loss", "ce", "kl")
 GRADS = ("dh", "dw", "db", "dt")
@@ -156,6 +157,26 @@ def eager_again(case: Case, f: Flat, generator: torch.Generator) -> Values:
     return Values(reduced, tokens, grads)
 
 
+def arguments(case: Case, impl: str) -> dict[str, Any]:
+    """`case.options` with a workspace in bytes: NARROW becomes one byte too little for the smallest useful token block."""
+    if case.options["workspace_bytes"] != NARROW:
+        return case.options
+    tuning, n, dtype = backends.load(impl).TUNING, torch.Size(case.shape).numel(), case.torch_dtype
+    shape = Shape(
+        tokens=n,
+        vocab=case.vocab,
+        width=case.width,
+        teacher_width=case.teacher_width or case.width,
+        kl=case.options["alpha"] != 0,
+        target_grad=case.options["target_grad"],
+        acc_bytes=8 if dtype == torch.float64 else 4,
+        half=dtype.itemsize == 2,
+    )
+    tokens = max(1, min(n, tuning.min_token_block))
+    targets = max(1, int(tokens * tuning.targets_per_token))
+    return {**case.options, "workspace_bytes": scratch_bytes(shape, tuning, tokens, targets, case.vocab) - 1}
+
+
 def use(case: Case, x: Inputs, impl: str) -> Values:
     """Call tiedkl twice: with the case's reduction and gradients, and without gradients for the terms of every token."""
     leaves: dict[str, Tensor] = {"dw": x.w.detach().requires_grad_()}
@@ -173,7 +194,7 @@ def use(case: Case, x: Inputs, impl: str) -> Values:
         if case.options["target_grad"]:
             t = leaves["dt"] = t.requires_grad_()
     same: dict[str, Any] = {"target_weight": t, "shift": case.shift, "impl": impl, "return_terms": True}
-    options = case.options
+    options = arguments(case, impl)
     out = tiedkl.fused_tied_loss(
         h, w, x.target, b, token_weight=x.token_weight, num_items=case.num_items, **same, **options
     )
@@ -193,7 +214,8 @@ def use(case: Case, x: Inputs, impl: str) -> Values:
     grads = {}
     for name, leaf in leaves.items():
         assert leaf.grad is not None, f"{name} has no gradient"
-        assert leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape
+        assert leaf.grad.dtype == leaf.dtype
+        assert leaf.grad.shape == leaf.shape
         grads[name] = leaf.grad.double()
     if "dh" in grads:
         grads["dh"] = grads["dh"].reshape(-1, case.width)

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -44,6 +45,8 @@ struct TokenState {
   double lse = 0;         // l1
   double log_sum_t = 0;   // lt - max_all/tau
   double kl = 0;
+  double z_peak = 0;  // logit at the similarity row's maximum (target_grad only)
+  double spread = 0;  // sum q (delta - delta at that column)
 };
 
 // Bring the sums to a new, larger maximum.
@@ -59,6 +62,7 @@ TIEDKL_HD void rebase(TokenState& s, double m, double inv_t) {
 struct TeacherState {
   double m = -std::numeric_limits<float>::max();
   double sum = 0;  // sum e^((s - m)/tau)
+  int64_t peak = -1;  // column of the maximum (target_grad only)
 };
 
 TIEDKL_HD void rebase(TeacherState& s, double m, double inv_t) {

@@ -59,7 +59,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("bias", "teacher"), itertools.product((False, True), repeat=2))
+@pytest.mark.parametrize(("bias", "teacher"), list(itertools.product((False, True), repeat=2)))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loss_and_gradient_match_autograd(name: str, bias: bool, teacher: bool) -> None:
     p = problem(OPTIONS[name], bias=bias, teacher=teacher)

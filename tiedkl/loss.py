@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -407,4 +408,5 @@ def explain(
     c = _arguments(settings, input, weight, target, bias, target_weight, token_weight, num_items, shift)
     o = settings.scalars.options
     problem = Problem(c.h, c.w, c.target, c.b, c.t, o)
-    return ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(_needs(c, o)))
+    plan = ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(_needs(c, o)))
+    return replace(plan, skipped=dict(plan.skipped))  # plans are cached: the caller gets a dictionary of their own

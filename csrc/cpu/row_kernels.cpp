@@ -96,11 +96,15 @@ void prepare(T* z, const T* bias, int64_t n, double softcap) {
 }
 
 template <typename T>
-void teacher_row(const T* s, int64_t n, T inv_t, TeacherState& state) {
+void teacher_row(const T* s, int64_t n, int64_t v0, const LossParams& p, TeacherState& state) {
+  const T inv_t = T(1.0 / p.temperature);
   for (int64_t c = 0; c < n; c += kChunk) {
     const int64_t len = std::min(kChunk, n - c);
     const double top = row_max(s + c, len);
-    if (top > state.m) rebase(state, top, inv_t);
+    if (top > state.m) {
+      rebase(state, top, inv_t);
+      if (p.target_grad) state.peak = v0 + c + (std::find(s + c, s + c + len, T(top)) - (s + c));
+    }
     const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
     Vec<T> sum{T(0)};
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
@@ -164,7 +168,7 @@ struct GradientRow {
   T* z;            // (n) logits in, G out
   const T* s;      // (n) similarities; s and q are unused without KL
   const T* q;      // (n)
-  T* a;            // (n) target gradient accumulator
+  T* a;            // (n) sum over one target's tokens of g (delta - center)
   int64_t n, skip;  // skip: the target's column, or outside [0, n)
   double g, n_vocab;
 };
@@ -182,7 +186,11 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   const double offset = kKL ? std::log(teacher->sum) - token.log_sum_t : 0.0;
   const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cr{T(coef_r)}, eps{T(-constant)}, top{T(tops)}, off{T(offset)};
   const Vec<T> middle{T(0.5 * (1.0 + kLowest))}, reach{T(0.5 * (1.0 - kLowest))}, lowest_x{T(kLowest)};
-  const Vec<T> floor{T(kFloor)}, inv_t_sum{T(token.inv_sum_t)}, inv_cap{T(kCap ? 1.0 / p.softcap : 0.0)}, g{T(row.g)}, one{T(1)};
+  const Vec<T> floor{T(kFloor)}, inv_t_sum{T(token.inv_sum_t)}, cap{T(p.softcap)}, g{T(row.g)}, one{T(1)};
+  // Near the peak of q, where the target gradient q (delta - KL) is large, delta is close to KL: sums of delta over a row or over
+  // tokens are taken from its value there, so that they stay small.
+  const double center = kTarget ? -(((token.z_peak - teacher->m) - tops) * inv_t + offset) : 0.0;
+  const Vec<T> shift{T(center)};
   const bool inside = row.skip >= 0 && row.skip < row.n;
   double zy_share = 0.0;  // (alpha/tau)(r - q) at the target
   const T zy = inside ? row.z[row.skip] : T(0);
@@ -192,7 +200,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
     T* z = row.z + c;
     const T *s = row.s + c, *q = row.q + c;
     T* a = row.a + c;
-    Vec<T> kl_sum{T(0)};
+    Vec<T> kl_sum{T(0)}, spread{T(0)};
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
       const Vec<T> zi = load(z + i, lanes);
       Vec<T> r_minus_q{T(0)};
@@ -213,20 +221,25 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
           r_minus_q = keep(Vec<T>::blendv(direct, qi * e.value, near), T(0), lanes);
           excess = keep(Vec<T>::blendv(direct - qi * x, qi * (e.excess + (xb - x)), near), T(0), lanes);
         }
-        if constexpr (kTarget) store(at::vec::fmadd(g.neg(), x, load(a + i, lanes)), a + i, lanes);
+        if constexpr (kTarget) {
+          const Vec<T> d = x + shift;
+          if constexpr (kWrite) store(at::vec::fmadd(g.neg(), d, load(a + i, lanes)), a + i, lanes);
+          else spread = at::vec::fmadd(qi.neg(), d, spread);
+        }
         kl_sum = kl_sum + excess;
       }
       if constexpr (kWrite) {
         const Vec<T> prob = exp_bounded(at::vec::clamp_min(zi - m, floor));
         Vec<T> grad = at::vec::fmadd(prob, cp, at::vec::fmadd(r_minus_q, cr, eps));
         if constexpr (kCap) {
-          const Vec<T> u = zi * inv_cap;
+          const Vec<T> u = zi / cap;  // exactly 1 where tanh saturates, so that the gradient is exactly 0
           grad = grad * (one - u * u);
         }
         store(grad, z + i, lanes);
       }
     });
     if constexpr (kKL) kl += lane_sum(kl_sum);
+    if constexpr (kTarget && !kWrite) token.spread += lane_sum(spread);
   }
   if constexpr (kKL) {
     if (p.alpha != 0.0) token.kl += kl;
@@ -246,9 +259,9 @@ using GradientFn = void (*)(const GradientRow<T>&, const LossParams&, const Teac
 
 template <typename T>
 GradientFn<T> select_gradient(const LossParams& p, bool write) {
-  const bool kl = p.alpha != 0.0, cap = p.softcap != 0.0, target = kl && p.target_grad && write;
+  const bool kl = p.alpha != 0.0, cap = p.softcap != 0.0, target = kl && p.target_grad;
   if (!kl) return cap ? gradient_row<T, false, true, true, false> : gradient_row<T, false, true, false, false>;
-  if (!write) return gradient_row<T, true, false, false, false>;
+  if (!write) return target ? gradient_row<T, true, false, false, true> : gradient_row<T, true, false, false, false>;
   if (target) return cap ? gradient_row<T, true, true, true, true> : gradient_row<T, true, true, false, true>;
   return cap ? gradient_row<T, true, true, true, false> : gradient_row<T, true, true, false, false>;
 }
@@ -256,7 +269,7 @@ GradientFn<T> select_gradient(const LossParams& p, bool write) {
 template <typename T>
 void teacher_stats(const Tile<T>& t, const LossParams& p) {
   at::parallel_for(0, t.targets, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u]);
+    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, t.v0, p, t.teacher[u]);
   });
 }
 
@@ -271,13 +284,12 @@ double dot(const T* x, const T* y, int64_t n) {
   return total;
 }
 
-// T_u over s: (alpha/tau) q_u (sum_n g_n delta_n - sum_n g_n KL_n).
+// T_u over s: (alpha/tau) q_u (a - sum q_u a), a = sum_n g_n (delta_n - center_n). The sum is taken over the very deltas that were
+// added up (here, or in the divergence pass), so that T_u sums to zero whatever their rounding.
 template <typename T>
-void write_target_gradient(T* s, const T* q, const T* a, int64_t n, const LossParams& p, double g_kl) {
-  const Vec<T> k{T(g_kl)}, coef{T(p.alpha / p.temperature)};
-  for_vectors<T>(n, [&](int64_t i, auto lanes) {
-    store(coef * load(q + i, lanes) * (load(a + i, lanes) - k), s + i, lanes);
-  });
+void write_target_gradient(T* s, const T* q, const T* a, int64_t n, const LossParams& p, double mean) {
+  const Vec<T> k{T(mean)}, coef{T(p.alpha / p.temperature)};
+  for_vectors<T>(n, [&](int64_t i, auto lanes) { store(coef * load(q + i, lanes) * (load(a + i, lanes) - k), s + i, lanes); });
 }
 
 template <typename T>
@@ -287,6 +299,10 @@ void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientF
   const int64_t skip = t.y[n] - t.v0;
   const bool kl = p.alpha != 0.0;
   if ((stages & kPrepare) && (t.bias || p.softcap != 0.0)) prepare(z, t.bias, t.cols, p.softcap);
+  if ((stages & kStats) && kl && p.target_grad) {
+    const int64_t peak = t.teacher[u].peak - t.v0;
+    if (peak >= 0 && peak < t.cols) token.z_peak = z[peak];
+  }
   if (stages & kStats) kl ? token_stats<T, true>(z, t.cols, skip, p, token) : token_stats<T, false>(z, t.cols, skip, p, token);
   if (stages & kFinish) {
     const TokenTerms terms = finish_token(token, p, double(t.n_vocab));
@@ -313,20 +329,19 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
     T* a = target ? t.a + at::get_thread_num() * t.cols : nullptr;
     const int64_t first = target ? t.group[begin] : begin, last = target ? t.group[end] : end;
     int64_t u = kl ? std::upper_bound(t.group, t.group + t.targets + 1, first) - t.group - 1 : 0;
+    const bool whole = t.cols == t.n_vocab;
     bool fresh = true;
-    double g_kl = 0;
+    double mean = 0;  // sum q a of the current target
     for (int64_t n = first; n < last; ++n) {
       if (kl && n >= t.group[u + 1]) ++u, fresh = true;
       if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u], q);
-      if (target && fresh) std::fill_n(a, t.cols, T(0)), g_kl = 0;
+      if (target && fresh) std::fill_n(a, t.cols, T(0)), mean = 0;
       fresh = false;
       token_row(t, p, stages, gradient, n, u, q, a);
       if (!target) continue;
-      g_kl += t.g[n] * t.token[n].kl;
+      mean += t.g[n] * t.token[n].spread;
       if (n + 1 != t.group[u + 1]) continue;
-      // With the whole row at hand, the mean of the very deltas that were summed: then T_u sums to zero whatever their rounding.
-      if (t.cols == t.n_vocab) g_kl = dot(q, a, t.cols);
-      write_target_gradient(t.s + u * t.lds, q, a, t.cols, p, g_kl);
+      write_target_gradient(t.s + u * t.lds, q, a, t.cols, p, whole ? dot(q, a, t.cols) : mean);
     }
   });
 }

@@ -75,6 +75,7 @@ def test_result_on_the_terminal_and_in_files(
         (["--device", "quantum"], "unknown device 'quantum'"),
         (["--device", "cuda:99"], "sees no such GPU"),
         (["--data", "{text}", "--impl", "magic"], "magic"),
+        (["--data", "{text}", "--impl", "triton"], "triton"),
         (["--data", "{text}", "--out", "{tmp}/empty"], "cannot write there"),
     ],
 )

@@ -159,6 +159,12 @@ def test_changed_settings_are_refused(toy: Any, text_file: Path) -> None:
     assert compare(toy(epochs=1, hidden=8, fresh=True))["config"]["hidden"] == 8
 
 
+def test_settings_that_failed_before_training_do_not_claim_the_directory(toy: Any) -> None:
+    with pytest.raises(CompareError, match="no_such_backend"):
+        compare(toy(epochs=1, impl="no_such_backend"))
+    assert compare(toy(epochs=1))["status"] == "complete"
+
+
 def test_fresh_removes_only_its_own_files(toy: Any, tmp_path: Path) -> None:
     compare(toy(epochs=1, variants=("re",)))
     mine = tmp_path / "out" / "notes.txt"
@@ -187,12 +193,12 @@ def test_seed_decides_the_numbers(toy: Any, tmp_path: Path) -> None:
     assert a["variants"]["real"]["test_ppl"] != c["variants"]["real"]["test_ppl"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": "transformer", "lr": 0.01}], ids=["lstm", "transformer"])
+@pytest.mark.parametrize(
+    "changes", [{"epochs": 8}, {"model": "transformer", "lr": 0.01, "epochs": 3}], ids=["lstm", "transformer"]
+)
 def test_every_variant_learns(toy: Any, changes: dict[str, Any]) -> None:
     """The toy text offers three words at every step; an untrained model hesitates between 46."""
-    report = compare(
-        toy(variants=("baseline", "al", "re", "real"), epochs=8, bptt=10, dropout=0.0, hidden=32, **changes)
-    )
+    report = compare(toy(variants=("baseline", "al", "re", "real"), bptt=10, dropout=0.0, hidden=32, **changes))
     for name, v in report["variants"].items():
         assert v["valid_ppl"] < 25, name
         assert v["curves"][0]["valid_ppl"] > v["valid_ppl"], name

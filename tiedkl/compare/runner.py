@@ -16,7 +16,7 @@ from .memory import loss_memory
 from .page import render
 from .progress import Progress
 from .report import build, to_json
-from .settings import CompareError, Settings, Variant, ordered
+from .settings import CompareError, Settings, ordered
 from .store import Store
 from .training import Data, Trainer
 
@@ -77,32 +77,37 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
     facts = text.facts()
     config = settings.resolved(facts["tokens"]["train"]) | {"threads": torch.get_num_threads()}
     check_length(facts["tokens"], config["batch"], config["bptt"])
+    data = Data.of(text, config["batch"], device)
+    variants = ordered(settings.variants)
+    try:
+        trainers = [Trainer(v, config, data, device) for v in variants]
+        n_tokens = config["batch"] * config["bptt"]
+        memory = {t.variant.name: loss_memory(t.model, t.loss, n_tokens) for t in trainers}
+    except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
+        raise CompareError(str(error).splitlines()[0]) from None
     store = Store(settings.out)
     resumed = store.open(config | {"corpus": facts["sha256"]}, fresh=settings.fresh)
-    data = Data.of(text, config["batch"], device)
-
-    variants = ordered(settings.variants)
-    results: dict[str, dict[str, Any]] = {}
+    for trainer in trainers:
+        state = store.load(trainer.variant.name, device)
+        if state is not None:
+            trainer.load_state_dict(state)
 
     def report() -> dict[str, Any]:
+        results = {
+            t.variant.name: t.result() | {"loss_memory": memory[t.variant.name]} for t in trainers if t.steps_done
+        }
         built = build(config, facts, stamp(device), {v.name: results.get(v.name) for v in variants})
         store.write("report.json", to_json(built))
         store.write("report.html", render(built))
         return built
 
-    trainers = [_trainer(v, config, data, device, store) for v in variants]
     n_steps = trainers[0].steps_per_epoch * config["epochs"]
     progress = Progress(n_steps * len(trainers), sum(t.steps_done for t in trainers), quiet=settings.quiet)
     try:
         if resumed and any(t.steps_done for t in trainers):
             progress.say(f"continuing the comparison in {store.path}")
         for trainer in trainers:
-            finished = _train(trainer, store, progress, settings.checkpoint_every, should_stop)
-            results[trainer.variant.name] = trainer.result() | {"loss_memory": _memory(trainer)}
-            if not finished:
-                for later in trainers[trainers.index(trainer) + 1 :]:
-                    if later.steps_done:
-                        results[later.variant.name] = later.result() | {"loss_memory": _memory(later)}
+            if not _train(trainer, store, progress, settings.checkpoint_every, should_stop):
                 raise Interrupted(report())
     finally:
         progress.close()
@@ -117,17 +122,6 @@ def check_length(tokens: dict[str, int], batch: int, bptt: int) -> None:
                 f"the text is too short: its {split} split has {tokens[split]} tokens, at least {low} are needed; "
                 "give more text, or a smaller --batch or --bptt"
             )
-
-
-def _trainer(variant: Variant, config: dict[str, Any], data: Data, device: torch.device, store: Store) -> Trainer:
-    try:
-        trainer = Trainer(variant, config, data, device)
-    except (RuntimeError, ValueError) as error:  # a named backend of the loss that cannot run says why
-        raise CompareError(str(error).splitlines()[0]) from None
-    state = store.load(variant.name, device)
-    if state is not None:
-        trainer.load_state_dict(state)
-    return trainer
 
 
 def _train(trainer: Trainer, store: Store, progress: Progress, every: float, should_stop: Callable[[], bool]) -> bool:
@@ -146,11 +140,6 @@ def _train(trainer: Trainer, store: Store, progress: Progress, every: float, sho
         if stop:
             return False
     return True
-
-
-def _memory(trainer: Trainer) -> dict[str, Any]:
-    settings = trainer.settings
-    return loss_memory(trainer.model, trainer.loss, settings["batch"] * settings["bptt"])
 
 
 def report_paths(out: str) -> tuple[Path, Path]:

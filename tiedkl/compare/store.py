@@ -17,13 +17,16 @@ REPORTS = ("report.json", "report.html")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, and move it into place."""
+    """Write to a temporary file beside `path`, flush it to the disk, and move it into place, or raise CompareError."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 class Store:
@@ -42,7 +45,7 @@ class Store:
             if fresh:
                 self._clear()
             file = self.path / CONFIG
-            if file.exists():
+            if file.exists() and any(self.path.glob("*.pt")):
                 self._check(json.loads(file.read_text("utf-8")), config)
                 return True
             write_atomically(file, json.dumps(config, indent=1).encode())

@@ -1,0 +1,182 @@
+"""The compiled walk, driven directly: odd sizes, every block size, every instruction set. Small, as it also runs under sanitizers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiedkl import reference
+from tiedkl.problem import Needs, Options, Problem
+
+_C: Any = pytest.importorskip("tiedkl._C")
+
+SHAPES = [(1, 1, 1), (1, 2, 3), (5, 3, 1), (2, 17, 5), (13, 31, 7), (33, 129, 9), (7, 2051, 3)]
+EVERYTHING = Options(3.0, 2.0, 0.1, 0.01, 4.0, True)
+OPTIONS = {
+    "default": Options(2.0, 5.0),
+    "plain": Options(alpha=0.0),
+    "everything": EVERYTHING,
+    "target_grad": Options(1.5, 2.0, target_grad=True),
+}
+# tokens, distinct targets, vocabulary rows, panel: all at once, nothing at once, sizes that divide nothing, and far too large ones
+BLOCKS = [(1 << 40, 1 << 40, 1 << 40, 1 << 40), (1, 1, 1, 1), (3, 2, 5, 2), (4, 1, 1000, 7), (2, 5, 16, 1000)]
+
+
+def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, *, extras: bool = True, seed: int = 0) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    y = torch.randint(v, (n,), generator=g)
+    y[1::4] = -1
+    b, t = (normal(v), normal(v, d + 2)) if extras else (None, None)
+    return Problem(normal(n, d), normal(v, d), y, b, t, options)
+
+
+def walk(p: Problem, g: Tensor | None, needs: Needs, blocks: tuple[int, ...]) -> list[Tensor | None]:
+    o = p.options
+    return _C.walk(
+        p.h, p.w, p.y, p.b, p.t, g, o.temperature, o.alpha, o.label_smoothing, o.z_loss, o.softcap, o.target_grad,
+        (needs.h, needs.w, needs.b, needs.t), blocks,
+    )  # fmt: skip
+
+
+def check(p: Problem, needs: Needs, blocks: tuple[int, ...], rtol: float) -> None:
+    g = torch.where(p.y >= 0, torch.linspace(0.5, 2.0, len(p.y)), 0.0).to(p.acc)
+    want_terms, want = reference.backward(p.to(torch.float64), g.double(), needs)
+    terms, *grads = walk(p, g, needs, blocks)
+    assert terms is not None
+    torch.testing.assert_close(terms.double(), torch.stack(want_terms), rtol=rtol, atol=rtol)
+    for got, right in zip(grads, want, strict=True):
+        assert (got is None) == (right is None)
+        if got is not None:
+            assert got.dtype == p.acc
+            torch.testing.assert_close(got.double(), right, rtol=rtol, atol=rtol * float(1 + right.abs().max()))
+    [alone, *none] = walk(p, None, Needs(), blocks)
+    assert none == [None] * 4
+    assert alone is not None
+    torch.testing.assert_close(alone.double(), torch.stack(want_terms), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_block_size_gives_the_same(name: str, blocks: tuple[int, ...]) -> None:
+    for n, v, d in SHAPES[:-1]:
+        for extras in (False, True):
+            p = problem(n, v, d, OPTIONS[name], torch.float64, extras=extras)
+            check(p, Needs(True, True, extras, extras), blocks, 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-5), (torch.bfloat16, 3e-5), (torch.float16, 3e-5)], ids=str)
+@pytest.mark.parametrize("blocks", [BLOCKS[0], BLOCKS[2]], ids=str)
+def test_dtypes(dtype: torch.dtype, rtol: float, blocks: tuple[int, ...]) -> None:
+    for (n, v, d), options in itertools.product(SHAPES[1:-1], OPTIONS.values()):
+        check(problem(n, v, d, options, dtype), Needs(True, True, True, True), blocks, rtol)
+
+
+def test_rows_longer_than_a_chunk() -> None:
+    n, v, d = SHAPES[-1]
+    for options in OPTIONS.values():
+        for blocks in (BLOCKS[0], (3, 2, 2049, 700)):
+            check(problem(n, v, d, options, torch.float32), Needs(True, True, True, True), blocks, 3e-5)
+
+
+def test_every_subset_of_gradients() -> None:
+    p = problem(13, 31, 7, EVERYTHING, torch.float64)
+    for wanted in itertools.product((False, True), repeat=4):
+        for blocks in (BLOCKS[0], BLOCKS[2]):
+            check(p, Needs(*wanted), blocks, 1e-10)
+
+
+def test_no_token_and_no_valid_token() -> None:
+    for n in (0, 4):
+        p = problem(n, 9, 3, EVERYTHING, torch.float32)
+        p.y.fill_(-1)
+        for blocks in (BLOCKS[0], BLOCKS[2]):
+            for x in walk(p, torch.zeros(n), Needs(True, True, True, True), blocks):
+                assert x is not None
+                assert float(x.abs().sum()) == 0
+
+
+def test_strides() -> None:
+    p = problem(13, 31, 8, EVERYTHING, torch.float32)
+    needs = Needs(True, True, True, True)
+    g = torch.where(p.y >= 0, 1.0, 0.0)
+    want = walk(p, g, needs, BLOCKS[2])
+    assert p.b is not None
+    assert p.t is not None
+    strided = Problem(
+        p.h.T.contiguous().T, torch.stack((p.w, p.w), -1)[..., 0], p.y, torch.stack((p.b, p.b), -1)[:, 1], p.t.T.contiguous().T, p.options
+    )
+    assert not any(x.is_contiguous() for x in (strided.h, strided.w, strided.b, strided.t) if x is not None)
+    for a, b in zip(want, walk(strided, g, needs, BLOCKS[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_values_are_survived() -> None:
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-40):
+        for blocks in (BLOCKS[0], BLOCKS[2]):
+            p = problem(6, 40, 4, OPTIONS["target_grad"], torch.float32)
+            p.h[2, 1] = value
+            p.w[3, 0] = value
+            terms, *_ = walk(p, torch.ones(6), Needs(True, True, True, True), blocks)
+            assert terms is not None
+            assert terms.shape == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.tensor([0, 1, 9])}, "outside"),
+        ({"y": torch.tensor([0, 1])}, "y must be"),
+        ({"y": torch.tensor([0, 1, 2], dtype=torch.int32)}, "y must be"),
+        ({"w": torch.randn(9, 5)}, "do not match"),
+        ({"b": torch.randn(8)}, "b must be"),
+        ({"t": torch.randn(8, 2)}, "t must be"),
+        ({"g": torch.randn(2)}, "g must be"),
+        ({"g": torch.randn(3).double()}, "g must be"),
+        ({"g": None}, "gradients need g"),
+        ({"blocks": (0, 1, 1, 1)}, "positive"),
+        ({"blocks": (1, 1, -4, 1)}, "positive"),
+        ({"blocks": (1, 1, 1, 0)}, "positive"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:
+    values = {"h": torch.randn(3, 4), "w": torch.randn(9, 4), "y": torch.tensor([0, 1, 2]), "b": None, "t": None}
+    values |= {"g": torch.ones(3), "blocks": (2, 2, 4, 4)} | change
+    g, blocks = values.pop("g"), values.pop("blocks")
+    with pytest.raises(ValueError, match=message):
+        walk(Problem(**values, options=Options()), g, Needs(True, True), blocks)
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["capability"] in ("DEFAULT", "AVX2", "AVX512")
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability: str) -> None:
+    """This file again with the choice lowered; what the processor lacks falls back to what it has."""
+    if os.environ.get("TIEDKL_CPU_CAPABILITY"):
+        pytest.skip("already lowered")
+    env = {**os.environ, "TIEDKL_CPU_CAPABILITY": capability, "PYTEST_ADDOPTS": ""}
+    code = (
+        "import sys, pytest, tiedkl._C as c\n"
+        "print('capability', c.build_info()['capability'])\n"
+        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '--import-mode=importlib', {__file__!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    best = ["default", "avx2", "avx512"].index(_C.build_info()["capability"].lower())
+    expected = min(best, ["default", "avx2", "avx512"].index(capability))
+    assert f"capability {['DEFAULT', 'AVX2', 'AVX512'][expected]}" in done.stdout

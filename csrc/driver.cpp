@@ -81,7 +81,7 @@ std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t*
 // Rows [begin, end) of a weight in the accumulation dtype. Full-precision weights are used in place.
 class Panels {
  public:
-  Panels(const Tensor& weight, at::ScalarType acc, int64_t panel) : weight_(weight), acc_(acc), panel_(panel) {}
+  Panels(const Tensor& weight, at::ScalarType acc, int64_t panel) : weight_(weight), acc_(acc), panel_(std::min(panel, weight.size(0))) {}
   Tensor rows(int64_t begin, int64_t end) {
     const Tensor view = weight_.slice(0, begin, end);
     if (weight_.scalar_type() == acc_) return view;

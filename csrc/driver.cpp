@@ -116,6 +116,7 @@ class Walk {
         teacher_grad_(kl_ && p.params.target_grad && grad_ && (p.t ? p.need_t : p.need_w)),
         w_(p.w, acc_.dtype().toScalarType(), sizes.panel),
         t_(p.t ? *p.t : p.w, acc_.dtype().toScalarType(), sizes.panel) {
+    params_.target_grad = teacher_grad_;  // nothing behind the similarity target may want a gradient
     params_.temperature = 1.0 / double(T(1.0 / params_.temperature));  // the 1/tau the row kernels multiply by
   }
 

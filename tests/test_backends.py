@@ -38,7 +38,9 @@ def test_every_case_is_within_its_bounds(judgements: dict[str, list[testing.Judg
 
 @pytest.mark.parametrize("dtype", [d for d in testing.ALL_DTYPES if d != "float64"])
 @pytest.mark.parametrize("impl", RUNNABLE)
-def test_the_suite_is_as_accurate_as_eager(judgements: dict[str, list[testing.Judgement]], impl: str, dtype: str) -> None:
+def test_the_suite_is_as_accurate_as_eager(
+    judgements: dict[str, list[testing.Judgement]], impl: str, dtype: str
+) -> None:
     ratios = testing.suite_ratios(j for j in judgements[dtype] if j.impl == impl)
     assert {key[2] for key in ratios} == {*testing.TERMS, *testing.GRADS}
     assert not {key[2]: ratio for key, ratio in ratios.items() if ratio.broken}
@@ -85,7 +87,9 @@ def test_the_thread_count_changes_rounding_only(impl: str) -> None:
             torch.set_num_threads(2)
             two = _everything(impl, case)
             for a, b in zip(one, two, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 * float(1 + a.abs().sum() / max(a.numel(), 1)), msg=case.id)
+                torch.testing.assert_close(
+                    a, b, rtol=1e-4, atol=2e-6 * float(1 + a.abs().sum() / max(a.numel(), 1)), msg=case.id
+                )
     finally:
         torch.set_num_threads(before)
 

@@ -85,7 +85,10 @@ VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"weight": torch.ones(V)}, f"weight must be (V, D), got shape ({V},)"),
     ({"weight": torch.ones(0, D)}, "weight.shape[0]=0: the vocabulary is empty"),
     ({"weight": torch.ones(V, D + 1)}, f"input.shape[-1]={D} does not match weight.shape[1]={D + 1}"),
-    ({"target": torch.zeros(N - 1, dtype=torch.int64)}, f"target.shape=({N - 1},) does not match input.shape[:-1]=({N},)"),
+    (
+        {"target": torch.zeros(N - 1, dtype=torch.int64)},
+        f"target.shape=({N - 1},) does not match input.shape[:-1]=({N},)",
+    ),
     ({"bias": torch.ones(V + 1)}, f"bias.shape=({V + 1},) does not match weight.shape[:1]=({V},)"),
     ({"target_weight": torch.ones(V + 1, 2)}, f"target_weight.shape=({V + 1}, 2) does not match"),
     ({"token_weight": torch.ones(N + 1)}, f"token_weight.shape=({N + 1},) does not match target.shape=({N},)"),
@@ -130,7 +133,9 @@ def test_the_module_checks_its_settings_when_it_is_made() -> None:
 def test_a_target_out_of_range_is_named(data: dict[str, Tensor], impl: str, bad: int, dtype: torch.dtype) -> None:
     target = data["target"].to(dtype)
     target[7] = bad
-    with pytest.raises(ValueError, match=re.escape(f"target[7]={bad} is outside [0, {V}) and is not ignore_index=-100")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"target[7]={bad} is outside [0, {V}) and is not ignore_index=-100")
+    ):
         tiedkl.fused_tied_loss(data["input"], data["weight"], target, impl=impl)
     assert torch.isfinite(tiedkl.fused_tied_loss(data["input"], data["weight"], target, impl=impl, ignore_index=bad))
 
@@ -175,7 +180,9 @@ def test_num_items_makes_accumulation_exact() -> None:
     (want,) = torch.autograd.grad(whole, w)
     items = (y != -100).sum()
     for count in (items, int(items), float(items), items.reshape(1)):
-        parts = [tiedkl.fused_tied_loss(h[s], w, y[s], num_items=count) for s in (slice(0, 4), slice(4, 19), slice(19, 30))]
+        parts = [
+            tiedkl.fused_tied_loss(h[s], w, y[s], num_items=count) for s in (slice(0, 4), slice(4, 19), slice(19, 30))
+        ]
         torch.testing.assert_close(sum(parts), whole)
         torch.testing.assert_close(torch.autograd.grad(sum(parts), w)[0], want)
 
@@ -215,7 +222,11 @@ def test_shift_by_the_whole_length_leaves_nothing(data: dict[str, Tensor]) -> No
 def test_nothing_to_learn_gives_zero(impl: str, reduction: str, case: str) -> None:
     shape = {"no tokens": (0,), "no batch": (0, 5)}.get(case, (4,))
     y = torch.full(shape, -100 if case == "all ignored" else 1, dtype=torch.int64)
-    h, w, b = torch.randn(*shape, D).requires_grad_(), torch.randn(V, D).requires_grad_(), torch.randn(V).requires_grad_()
+    h, w, b = (
+        torch.randn(*shape, D).requires_grad_(),
+        torch.randn(V, D).requires_grad_(),
+        torch.randn(V).requires_grad_(),
+    )
     weight = torch.zeros(shape) if case == "zero weights" else None
     out = tiedkl.fused_tied_loss(h, w, y, b, token_weight=weight, reduction=reduction, impl=impl, return_terms=True)
     for x in out:
@@ -236,7 +247,11 @@ def test_a_number_that_is_none_shows_in_the_loss(impl: str, workspace: int | Non
     if where == "bias" and value == -float("inf"):
         pytest.skip("that is a mask")
     g = torch.Generator().manual_seed(3)
-    x = {"input": torch.randn(9, D, generator=g), "weight": torch.randn(700, D, generator=g), "bias": torch.randn(700, generator=g)}
+    x = {
+        "input": torch.randn(9, D, generator=g),
+        "weight": torch.randn(700, D, generator=g),
+        "bias": torch.randn(700, generator=g),
+    }
     x[where].view(-1)[3] = value
     x = {k: v.requires_grad_() for k, v in x.items()}
     y = torch.randint(700, (9,), generator=g)
@@ -245,7 +260,9 @@ def test_a_number_that_is_none_shows_in_the_loss(impl: str, workspace: int | Non
     loss.backward()  # no crash
     assert not bool(torch.isfinite(x["weight"].grad).all())
     if where == "input":  # the other tokens keep their losses
-        each = tiedkl.fused_tied_loss(x["input"], x["weight"], y, x["bias"], impl=impl, workspace_bytes=workspace, reduction="none")
+        each = tiedkl.fused_tied_loss(
+            x["input"], x["weight"], y, x["bias"], impl=impl, workspace_bytes=workspace, reduction="none"
+        )
         assert torch.isfinite(each).tolist() == [False] + [True] * 8
 
 
@@ -319,7 +336,9 @@ def test_a_backend_that_cannot_run_says_so(data: dict[str, Tensor], monkeypatch:
         tiedkl.fused_tied_loss(**{**data, "target": data["target"].int()}, impl="torch", workspace_bytes=12345678)
 
 
-def test_the_environment_chooses_where_arguments_do_not(data: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_chooses_where_arguments_do_not(
+    data: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TIEDKL_IMPL", "reference")
     assert tiedkl.explain(**data).impl == "reference"
     assert tiedkl.explain(**data, impl="torch").impl == "torch"
@@ -329,7 +348,9 @@ def test_the_environment_chooses_where_arguments_do_not(data: dict[str, Tensor],
         tiedkl.fused_tied_loss(**data)
 
 
-@pytest.mark.parametrize(("text", "want"), [("1", True), ("yes", True), ("0", False), ("", False), ("False", False), ("off", False)])
+@pytest.mark.parametrize(
+    ("text", "want"), [("1", True), ("yes", True), ("0", False), ("", False), ("False", False), ("off", False)]
+)
 def test_environment_flags(monkeypatch: pytest.MonkeyPatch, text: str, want: bool) -> None:
     monkeypatch.setenv("TIEDKL_SOMETHING", text)
     assert environment_flag("TIEDKL_SOMETHING") is want

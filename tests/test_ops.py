@@ -16,7 +16,9 @@ RUNNABLE = [n for n in backends.BACKENDS if backends.load(n).unsupported(torch.d
 N, V, D = 19, 37, 8
 
 
-def inputs(n: int = N, dtype: torch.dtype = torch.float32, seed: int = 0, ignored: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    n: int = N, dtype: torch.dtype = torch.float32, seed: int = 0, ignored: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     h, w = torch.randn(n, D, generator=g), torch.randn(V, D, generator=g) * 0.5
     y = torch.randint(V, (n,), generator=g)
@@ -156,6 +158,23 @@ def test_a_frozen_side_costs_nothing(monkeypatch: pytest.MonkeyPatch, impl: str,
     arguments = raw_arguments(reduction, True, impl=impl)
     both = ops.tied_loss(*arguments)[3:]
     assert [d.numel() > 0 for d in both] == [reduction != "none"] * 2 + [False] * 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", RUNNABLE)
+@pytest.mark.parametrize("separate", [False, True])
+def test_target_grad_with_a_frozen_source(impl: str, reduction: str, separate: bool) -> None:
+    """The similarity target is a constant when nothing behind it is trained."""
+    h, w, y = inputs()
+    t = torch.randn(V, 3) if separate else None
+    w.requires_grad_(separate)
+    leaves = [h, w] if separate else [h]
+    got, want = (
+        tiedkl.fused_tied_loss(h, w, y, target_weight=t, target_grad=grad, reduction=reduction, impl=impl)
+        for grad in (True, False)
+    )
+    for a, b in zip(grads(got.sum(), *leaves), grads(want.sum(), *leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif("cpp" not in RUNNABLE, reason="the extension is not built")

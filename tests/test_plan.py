@@ -40,7 +40,9 @@ def test_fits_the_budget_or_is_the_smallest(shape: Shape, budget: int | None, na
     assert plan.workspace_bytes == (DEFAULT_WORKSPACE if budget is None else budget)
     assert plan.scratch_bytes <= plan.workspace_bytes or plan.token_block == plan.vocab_block == 1
     assert plan.scratch_bytes >= smallest(shape, TUNINGS[name])
-    assert plan.scratch_bytes == scratch_bytes(shape, TUNINGS[name], plan.token_block, plan.target_block, plan.vocab_block)
+    assert plan.scratch_bytes == scratch_bytes(
+        shape, TUNINGS[name], plan.token_block, plan.target_block, plan.vocab_block
+    )
 
 
 @settings(max_examples=400, deadline=None)

@@ -25,11 +25,13 @@ def problem(options: Options, *, bias: bool = True, teacher: bool = False, seed:
     y = torch.randint(V, (N,), generator=g)
     y[2] = y[5]  # one target twice
     y[3] = -1  # skipped
-    return Problem(normal(N, D), normal(V, D), y, normal(V) if bias else None, normal(V, D_TEACHER) if teacher else None, options)
+    return Problem(
+        normal(N, D), normal(V, D), y, normal(V) if bias else None, normal(V, D_TEACHER) if teacher else None, options
+    )
 
 
 def independent(p: Problem) -> tuple[Tensor, Tensor]:
-    """(CE, KL) of every token with probabilities and entropies spelled out; nothing shared with the module under test."""
+    """(CE, KL) of every token with probabilities and entropies spelled out; shares nothing with the module."""
     o, valid, y = p.options, p.y >= 0, p.y.clamp(min=0)
     z = torch.einsum("nd,vd->nv", p.h, p.w)
     z = z if p.b is None else z + p.b[None]
@@ -67,7 +69,9 @@ def test_loss_and_gradient_match_autograd(name: str, bias: bool, teacher: bool) 
     needs = Needs(h=True, w=True, b=bias, t=teacher)
     terms, got = reference.backward(p, torch.where(p.y >= 0, g, 0.0), needs)
 
-    leaves = {k: x.clone().requires_grad_() for k, x in (("h", p.h), ("w", p.w), ("b", p.b), ("t", p.t)) if x is not None}
+    leaves = {
+        k: x.clone().requires_grad_() for k, x in (("h", p.h), ("w", p.w), ("b", p.b), ("t", p.t)) if x is not None
+    }
     ce, kl = independent(replace(p, **leaves))
     torch.testing.assert_close(terms.ce, ce.detach(), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(terms.kl, kl.detach(), rtol=1e-10, atol=1e-13)
@@ -106,7 +110,7 @@ def test_needs_select_gradients() -> None:
 
 
 def test_confident_token_keeps_its_digits() -> None:
-    # Two words, z = (0, gap) with target 1: CE = log1p(e^-gap) and d z_1 = -1 / (1 + e^gap), both far below one ulp of p = 1.
+    # Two words, z = (0, gap) with target 1: CE = log1p(e^-gap), d z_1 = -1 / (1 + e^gap), both far below an ulp of one.
     gap = torch.tensor([40.0, 80.0, 300.0], dtype=torch.float64)
     w = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     p = Problem(gap[:, None], w, torch.ones(3, dtype=torch.int64), None, None, Options(alpha=0.0))

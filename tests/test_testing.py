@@ -80,7 +80,9 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, change) -> None:
     def backward(p, plan, g, needs):
         return change(*honest.backward(p, plan, g, needs))
 
-    module = type("spoiled", (), {"TUNING": honest.TUNING, "forward": staticmethod(forward), "backward": staticmethod(backward)})
+    module = type(
+        "spoiled", (), {"TUNING": honest.TUNING, "forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
     module.unsupported = staticmethod(honest.unsupported)
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: module if name == "reference" else load(name))
@@ -122,7 +124,9 @@ def test_one_wrong_row_is_a_breach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradients_rounded_to_bf16_before_they_are_added_are_a_breach(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(terms: Terms, grads: Grads | None):
-        return terms, grads if grads is None else Grads(*(None if d is None else d.bfloat16().to(d.dtype) for d in grads))
+        return terms, grads if grads is None else Grads(
+            *(None if d is None else d.bfloat16().to(d.dtype) for d in grads)
+        )
 
     _spoil(monkeypatch, change)
     assert {"dh", "dw"} <= _breaches("upstream", "float32")
@@ -150,9 +154,7 @@ def test_suite_ratio_compares_with_eager() -> None:
 
     def judgements(factor: float) -> list[testing.Judgement]:
         errors = [1e-7 * (1 + i % 7) for i in range(60)]
-        return [
-            testing.Judgement(case, "x", {"dh": testing.Measured("dh", factor * e, e, 1e-9, 0.5)}) for e in errors
-        ]
+        return [testing.Judgement(case, "x", {"dh": testing.Measured("dh", factor * e, e, 1e-9, 0.5)}) for e in errors]
 
     [ratio] = testing.suite_ratios(judgements(1.2)).values()
     assert ratio.value == pytest.approx(1.2)

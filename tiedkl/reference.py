@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .problem import Grads, Needs, Problem, Terms
 
-# Beyond |d| of this take r - q as it is: nothing cancels any more, expm1(-d) would carry q's relative error into a larger r, and may
-# overflow where q underflows.
+# Beyond |d| of this take r - q as it is: nothing cancels any more, expm1(-d) would carry q's relative error into a
+# larger r, and may overflow where q underflows.
 DELTA_DIRECT = 1.0
 
 
@@ -61,8 +61,8 @@ def row_sum(x: Tensor) -> RowSum:
 def lse_difference(sums: RowSum, sums_t: RowSum) -> tuple[Tensor, Tensor]:
     """ls - lt in two parts, to be subtracted from s - zt in this order.
 
-    Where both rows have the same dominant column, s - zt and the first part are rounded alike there and cancel; what is left
-    would be an error common to the row, and that reaches the gradient.
+    Where both rows have the same dominant column, s - zt and the first part are rounded alike there and cancel; the
+    rest would be an error common to the row, and that reaches the gradient.
     """
     return sums.top - sums_t.top, torch.log(sums.total) - torch.log(sums_t.total)
 

@@ -184,7 +184,8 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   // column cancel, however large it is.
   const double tops = kKL ? token.max_all - teacher->m : 0.0;
   const double offset = kKL ? std::log(teacher->sum) - token.log_sum_t : 0.0;
-  const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cr{T(coef_r)}, eps{T(-constant)}, top{T(tops)}, off{T(offset)};
+  const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cp_low{T(coef_p - double(T(coef_p)))}, cr{T(coef_r)}, eps{T(-constant)}, top{T(tops)}, off{T(offset)},
+      off_low{T(offset - double(T(offset)))};  // roundings common to a row add up in the products with w
   const Vec<T> middle{T(0.5 * (1.0 + kLowest))}, reach{T(0.5 * (1.0 - kLowest))}, lowest_x{T(kLowest)};
   const Vec<T> floor{T(kFloor)}, inv_t_sum{T(token.inv_sum_t)}, cap{T(p.softcap)}, g{T(row.g)}, one{T(1)};
   // Near the peak of q, where the target gradient q (delta - KL) is large, delta is close to KL: sums of delta over a row or over
@@ -205,7 +206,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
       const Vec<T> zi = load(z + i, lanes);
       Vec<T> r_minus_q{T(0)};
       if constexpr (kKL) {
-        const Vec<T> x = keep(at::vec::fmadd((zi - load(s + i, lanes)) - top, it, off), T(0), lanes);
+        const Vec<T> x = keep(at::vec::fmadd((zi - load(s + i, lanes)) - top, it, off) + off_low, T(0), lanes);
         const Vec<T> qi = keep(load(q + i, lanes), T(0), lanes);
         Vec<T> excess;
         if (((x - middle).abs() < reach).zero_mask() == 0) {
@@ -230,7 +231,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
       }
       if constexpr (kWrite) {
         const Vec<T> prob = exp_bounded(at::vec::clamp_min(zi - m, floor));
-        Vec<T> grad = at::vec::fmadd(prob, cp, at::vec::fmadd(r_minus_q, cr, eps));
+        Vec<T> grad = at::vec::fmadd(prob, cp, at::vec::fmadd(prob, cp_low, at::vec::fmadd(r_minus_q, cr, eps)));
         if constexpr (kCap) {
           const Vec<T> u = zi / cap;  // exactly 1 where tanh saturates, so that the gradient is exactly 0
           grad = grad * (one - u * u);

@@ -31,7 +31,9 @@ def test_a_table_and_success(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(FEW) == 0
     out, err = capsys.readouterr()
     for quantity in ("loss", "ce", "kl", "dh", "dw"):
-        assert re.search(rf"^reference +float32 +{quantity} +\d\.\d+ \+- \d\.\d+ +\d\.\d\d  tiedkl verify --impl", out, re.M), out
+        assert re.search(
+            rf"^reference +float32 +{quantity} +\d\.\d+ \+- \d\.\d+ +\d\.\d\d  tiedkl verify --impl", out, re.M
+        ), out
     assert "12 of 12 problems" in out
     assert "Every bound holds." in out
     assert err == "", "no progress line where standard error is no terminal"
@@ -59,7 +61,9 @@ def test_every_measurement_is_written(tmp_path: Path) -> None:
     assert {"impl", "dtype", "quantity", "value", "standard_error", "cases"} == set(report["suite"][0])
 
 
-def test_an_interrupt_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_keeps_what_was_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = 0
 
     def judge(*args):

@@ -28,9 +28,9 @@ def sentences(n: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """About 3,000 tokens in one file."""
+    """About 1,900 tokens in one file."""
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(sentences(400)), encoding="utf-8")
+    path.write_text("\n".join(sentences(250)), encoding="utf-8")
     return path
 
 

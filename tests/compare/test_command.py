@@ -114,7 +114,7 @@ def test_ctrl_c_leaves_a_report_and_status_130(
     def step(self: Any, *_: Any) -> None:
         nonlocal steps
         steps += 1
-        if steps == 40:
+        if steps == 30:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(runner.Progress, "step", step)
@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_a_report_and_status_130(
     assert signal.getsignal(signal.SIGINT) is before
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     assert report["status"] == "partial"
-    assert report["variants"]["baseline"]["epochs_done"] == pytest.approx(40 / 31, abs=0.2)
+    assert report["variants"]["baseline"]["epochs_done"] == pytest.approx(30 / 19, abs=0.2)
     out = capfd.readouterr().out
     assert "baseline (stopped in epoch 2 of 2)" in out
     assert "+RE (not started)" in out

@@ -119,18 +119,19 @@ def test_head_count(width: int, heads: int) -> None:
     assert head_count(width) == heads
 
 
-def test_tied_variants_have_one_matrix_and_no_bias() -> None:
-    s = settings()
+@pytest.mark.parametrize("tied_bias", [True, False])
+def test_tied_variants_have_one_matrix(tied_bias: bool) -> None:
+    s = settings(tied_bias=tied_bias)
     count = {
         name: sum(p.numel() for p in LanguageModel(N_VOCAB, s, tied=v.tied).parameters())
         for name, v in VARIANTS.items()
     }
     body = 2 * (2 * 32 * 8 + 32)
-    assert count["re"] == count["real"] == N_VOCAB * 8 + body
+    assert count["re"] == count["real"] == N_VOCAB * 8 + tied_bias * N_VOCAB + body
     assert count["baseline"] == count["al"] == 2 * N_VOCAB * 8 + N_VOCAB + body
     tied, untied = (LanguageModel(N_VOCAB, s, tied=t) for t in (True, False))
     assert tied.weight is tied.embedding.weight
-    assert tied.bias is None
+    assert (tied.bias is not None) == tied_bias
     assert untied.weight is not untied.embedding.weight
     assert untied.bias is not None
 
@@ -140,7 +141,7 @@ def test_variants_start_from_the_same_parameters(kind: str) -> None:
     tied, untied = (
         dict(LanguageModel(N_VOCAB, settings(model=kind), tied=t).named_parameters()) for t in (True, False)
     )
-    assert set(untied) - set(tied) == {"output.weight", "output.bias"}
+    assert set(untied) - set(tied) == {"output.weight"}
     for name, p in tied.items():
         assert torch.equal(p, untied[name]), name
     other = dict(LanguageModel(N_VOCAB, settings(model=kind, seed=2), tied=True).named_parameters())

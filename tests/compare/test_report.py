@@ -75,7 +75,7 @@ def test_json_holds_the_schema(trained: tuple[dict[str, Any], Path]) -> None:
     matrices = {name: v["loss_memory"]["eager_matrices"] for name, v in data["variants"].items()}
     assert matrices == {"baseline": 3, "al": 7, "re": 3, "real": 7}
     real = data["variants"]["real"]["loss_memory"]
-    assert real["gradient_bytes"] == 4 * (80 * width + n_vocab * width)
+    assert real["gradient_bytes"] == 4 * (80 * width + n_vocab * width + n_vocab)
     assert real["eager_bytes"] == 4 * 7 * 80 * n_vocab + real["gradient_bytes"]
 
 

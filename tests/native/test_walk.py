@@ -1,4 +1,7 @@
-"""The compiled walk, driven directly: odd sizes, every block size, every instruction set. Small, as it also runs under sanitizers."""
+"""The compiled walk, driven directly: odd sizes, every block size, every instruction set.
+
+Small, as it also runs under sanitizers.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,13 @@ OPTIONS = {
     "everything": EVERYTHING,
     "target_grad": Options(1.5, 2.0, target_grad=True),
 }
-# tokens, distinct targets, vocabulary rows, panel: all at once, nothing at once, sizes that divide nothing, and far too large ones
+# tokens, distinct targets, vocabulary rows, panel: all at once, nothing at once, sizes that divide nothing
 BLOCKS = [(1 << 40, 1 << 40, 1 << 40, 1 << 40), (1, 1, 1, 1), (3, 2, 5, 2), (4, 1, 1000, 7), (2, 5, 16, 1000)]
 
 
-def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, *, extras: bool = True, seed: int = 0) -> Problem:
+def problem(
+    n: int, v: int, d: int, options: Options, dtype: torch.dtype, *, extras: bool = True, seed: int = 0
+) -> Problem:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -75,7 +80,9 @@ def test_every_block_size_gives_the_same(name: str, blocks: tuple[int, ...]) -> 
             check(p, Needs(True, True, extras, extras), blocks, 1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-5), (torch.bfloat16, 3e-5), (torch.float16, 3e-5)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 3e-5), (torch.bfloat16, 3e-5), (torch.float16, 3e-5)], ids=str
+)
 @pytest.mark.parametrize("blocks", [BLOCKS[0], BLOCKS[2]], ids=str)
 def test_dtypes(dtype: torch.dtype, rtol: float, blocks: tuple[int, ...]) -> None:
     for (n, v, d), options in itertools.product(SHAPES[1:-1], OPTIONS.values()):
@@ -114,7 +121,12 @@ def test_strides() -> None:
     assert p.b is not None
     assert p.t is not None
     strided = Problem(
-        p.h.T.contiguous().T, torch.stack((p.w, p.w), -1)[..., 0], p.y, torch.stack((p.b, p.b), -1)[:, 1], p.t.T.contiguous().T, p.options
+        p.h.T.contiguous().T,
+        torch.stack((p.w, p.w), -1)[..., 0],
+        p.y,
+        torch.stack((p.b, p.b), -1)[:, 1],
+        p.t.T.contiguous().T,
+        p.options,
     )
     assert not any(x.is_contiguous() for x in (strided.h, strided.w, strided.b, strided.t) if x is not None)
     for a, b in zip(want, walk(strided, g, needs, BLOCKS[2]), strict=True):
@@ -175,7 +187,9 @@ def test_every_instruction_set(capability: str) -> None:
         "print('capability', c.build_info()['capability'])\n"
         f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '--import-mode=importlib', {__file__!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     best = ["default", "avx2", "avx512"].index(_C.build_info()["capability"].lower())
     expected = min(best, ["default", "avx2", "avx512"].index(capability))

@@ -1,4 +1,4 @@
-"""`tiedkl verify`: every runnable backend against float64, its error as a ratio to eager PyTorch's own; exit 1 on a breach.
+"""`tiedkl verify`: every runnable backend against float64, errors as ratios to eager PyTorch's; exit 1 on a breach.
 
 The cases and the bounds are those of `tiedkl.testing`.
 """
@@ -27,12 +27,16 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="every runnable backend against float64",
-        description="Runs several hundred problems through every backend that can run here and through eager PyTorch, and compares "
-        "both with float64. A ratio of 1 is an error as large as eager's own.",
+        description="Runs several hundred problems through every backend that can run here and through eager PyTorch, "
+        "and compares both with float64. A ratio of 1 is an error as large as eager's own.",
     )
-    parser.add_argument("--impl", action="append", choices=backends.BACKENDS, help="backend; repeatable; default: all that run")
+    parser.add_argument(
+        "--impl", action="append", choices=backends.BACKENDS, help="backend; repeatable; default: all that run"
+    )
     parser.add_argument("--dtype", action="append", choices=ALL_DTYPES, help="input dtype; repeatable; default: all")
-    parser.add_argument("--cases", type=_count, default=464, metavar="N", help="how many problems (default %(default)s)")
+    parser.add_argument(
+        "--cases", type=_count, default=464, metavar="N", help="how many problems (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default %(default)s)")
     parser.add_argument("--case", action="append", type=_case, metavar="ID", help="only this problem; repeatable")
     parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
@@ -83,11 +87,13 @@ def run(args: argparse.Namespace) -> int:
         for (impl, dtype, quantity), ratio in ratios.items():
             if ratio.cases >= ENOUGH and ratio.broken:
                 breaches.append(
-                    f"suite {impl} {dtype} {quantity}: RMS error is {ratio.value:.3f} +- {ratio.standard_error:.3f} x eager's"
+                    f"suite {impl} {dtype} {quantity}: {ratio.value:.3f} +- {ratio.standard_error:.3f} x eager's RMS"
                 )
     _table(done, ratios)
     finished = len({j.case.id for j in done})
-    print(f"\n{finished} of {len(chosen)} problems, {progress.seconds:.0f} s" + (", interrupted" if interrupted else ""))
+    print(
+        f"\n{finished} of {len(chosen)} problems, {progress.seconds:.0f} s" + (", interrupted" if interrupted else "")
+    )
     print("\n".join(["", "BREACHES", *breaches]) if breaches else "Every bound holds.")
     if args.json is not None:
         args.json.write_text(json.dumps(_report(args, done, ratios, breaches, interrupted), indent=1) + "\n")
@@ -113,7 +119,10 @@ def _table(done: list[Judgement], ratios: dict[tuple[str, str, str], Ratio]) -> 
         for name, m in j.measured.items():
             key = (j.impl, j.case.dtype, name)
             worst[key] = max(worst.get(key, (-1.0, "")), (m.bound_used, j.case.id))
-    print("suite: RMS error / eager's RMS error, +- its standard error.  worst: largest share of its bound that a single problem used.\n")
+    print(
+        "suite: RMS error / eager's RMS error, +- its standard error.  "
+        "worst: largest share of its bound that one problem used.\n"
+    )
     print(f"{'backend':<10} {'dtype':<9} {'':<5} {'suite':>15} {'worst':>7}  to reproduce the worst")
     order = sorted(worst, key=lambda k: (k[0], ALL_DTYPES.index(k[1]), QUANTITIES.index(k[2])))
     for key in order:

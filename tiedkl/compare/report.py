@@ -15,7 +15,7 @@ from .settings import VARIANTS
 
 SCHEMA = 1
 MIB = 1 << 20
-DRAW = 1.0  # per cent of perplexity within which one seed decides nothing
+DRAW = 2.0  # per cent of perplexity within which one seed decides nothing
 LIMITS = (
     "One training run a variant, with one random seed: differences of a few per cent can change with the seed.",
     "A small model and a short training; larger models and longer training can change the order of the variants.",

@@ -74,6 +74,7 @@ class Settings:
     dropout: float = 0.3
     temperature: float = 20.0
     gamma: float = 0.5
+    tied_bias: bool = True  # an output bias in +RE and +REAL too; the paper has none there
     impl: str = "auto"
     threads: int | None = None
     device: str = "cpu"

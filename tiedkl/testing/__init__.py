@@ -1,8 +1,8 @@
 """Test cases and the error oracle: what `tiedkl verify` and the test suite measure with.
 
-    cases(n, seed)      several hundred distinct problems of every kind, each with an id that rebuilds it
-    make_inputs(case)   its tensors
-    judge(case, impl)   the errors of one backend and of eager PyTorch against float64, and the bound each is held to
+cases(n, seed)      several hundred distinct problems of every kind, each with an id that rebuilds it
+make_inputs(case)   its tensors
+judge(case, impl)   the errors of one backend and of eager PyTorch against float64, and the bound each is held to
 """
 
 from .cases import ALL_DTYPES, KINDS, Case, Inputs, cases, find_case, make_case, make_inputs

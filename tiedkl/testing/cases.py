@@ -1,7 +1,7 @@
 """Problems to test with: a case is a few numbers, its tensors follow from its seed.
 
-Case i of a suite has the kind KINDS[i % len(KINDS)]; the dtypes take turns once every kind has had its own. What a kind does not
-fix is drawn at random, so kinds mix: a ragged case may be weighted, shifted, capped and smoothed too.
+Case i of a suite has the kind KINDS[i % len(KINDS)]; the dtypes take turns once every kind has had its own. What a kind
+does not fix is drawn at random, so kinds mix: a ragged case may be weighted, shifted, capped and smoothed too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Tensors of one case, none requiring a gradient. For `one_parameter`, h is what the lookup of `tokens` in w gives."""
+    """Tensors of one case, none requiring a gradient. For `one_parameter`, h is the rows `tokens` of w."""
 
     h: Tensor  # (..., D)
     w: Tensor  # (V, D)
@@ -114,24 +114,44 @@ KINDS: dict[str, Kind] = {
     "masked": lambda r, t: {"bias": True, "alpha": 0.0, "label_smoothing": 0.0, "softcap": None},
     "confident": lambda r, t: {"width": 13, "bias": False, "softcap": None, "z_loss": 0.0, "label_smoothing": 0.0},
     "near_teacher": lambda r, t: {
-        "bias": False, "softcap": None, "teacher_width": 0, "temperature": r.choice((10.0, 20.0)), "alpha": 10.0,
-        "label_smoothing": 0.0, "z_loss": 0.0, "logit_std": r.choice((0.5, 1.0, 2.0)),
-    },  # fmt: skip
+        "bias": False,
+        "softcap": None,
+        "teacher_width": 0,
+        "temperature": r.choice((10.0, 20.0)),
+        "alpha": 10.0,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "logit_std": r.choice((0.5, 1.0, 2.0)),
+    },
     "smoothing": lambda r, t: {"label_smoothing": r.choice((0.05, 0.3, 1.0))},
     "z_loss": lambda r, t: {"z_loss": r.choice((1e-4, 0.05))},
     "softcap": lambda r, t: {"softcap": r.choice((2.0, 30.0)), "logit_std": 4.0},
     "bias": lambda r, t: {"bias": True},
-    "target_grad": lambda r, t: {"target_grad": True, "alpha": r.choice((1.0, 10.0)), "targets": r.choice(("zipf", "same"))},
+    "target_grad": lambda r, t: {
+        "target_grad": True,
+        "alpha": r.choice((1.0, 10.0)),
+        "targets": r.choice(("zipf", "same")),
+    },
     "target_weight": lambda r, t: {
-        "teacher_width": r.randrange(1, 40), "alpha": 5.0, "target_grad": r.random() < 0.5,
-    },  # fmt: skip
+        "teacher_width": r.randrange(1, 40),
+        "alpha": 5.0,
+        "target_grad": r.random() < 0.5,
+    },
     "token_blocks": lambda r, t: {"workspace_bytes": WIDE},
     "vocab_blocks": lambda r, t: {
-        "workspace_bytes": NARROW, "shape": (r.randrange(60, 90),), "vocab": r.randrange(600, 2100), "width": 9,
+        "workspace_bytes": NARROW,
+        "shape": (r.randrange(60, 90),),
+        "vocab": r.randrange(600, 2100),
+        "width": 9,
         "target_grad": r.random() < 0.5,
-    },  # fmt: skip
+    },
     "int32": lambda r, t: {"int32": True},
-    "one_parameter": lambda r, t: {"one_parameter": True, "target_grad": r.random() < 0.5, "teacher_width": 0, **_grid(r, t)},
+    "one_parameter": lambda r, t: {
+        "one_parameter": True,
+        "target_grad": r.random() < 0.5,
+        "teacher_width": 0,
+        **_grid(r, t),
+    },
 }
 
 
@@ -159,7 +179,16 @@ def make_case(seed: int, index: int, dtype: str) -> Case:
     if kind == "large":
         values |= {"softcap": None, "z_loss": 0.0}
     values |= KINDS[kind](r, dtype)
-    names = ("temperature", "alpha", "reduction", "label_smoothing", "z_loss", "softcap", "target_grad", "workspace_bytes")
+    names = (
+        "temperature",
+        "alpha",
+        "reduction",
+        "label_smoothing",
+        "z_loss",
+        "softcap",
+        "target_grad",
+        "workspace_bytes",
+    )
     options = {name: values.pop(name) for name in names}
     id = f"{seed}-{index}-{dtype}"
     return Case(id=id, kind=kind, seed=f"{seed}-{index}", dtype=dtype, options=options, **values)
@@ -253,7 +282,9 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     return Inputs(
         h=h.to(device),
         w=w.to(device),
-        target=_layout(y.int() if case.int32 else y, "strided" if case.layout == "strided" else "contiguous").to(device),
+        target=_layout(y.int() if case.int32 else y, "strided" if case.layout == "strided" else "contiguous").to(
+            device
+        ),
         b=place(None if b is None else _layout(b.to(case.torch_dtype), case.layout)),
         t=place(None if t is None else _layout(t, "transposed" if case.layout == "transposed" else "contiguous")),
         token_weight=place(weight),

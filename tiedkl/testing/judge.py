@@ -5,18 +5,20 @@ One case, per quantity (loss, CE, KL of every token; gradients), with eager in t
     RMS error <= 1.5 x eager's RMS error     + 2 ulp of the RMS of the true values
     max error <= 2.0 x eager's largest error + 2 ulp of the largest true value
 
-A reduced loss, CE or KL is one number, where eager may be right by luck: it may differ by what token errors of eager's RMS could
-add up to, 1.5 x eager's RMS error x sum |factor|, + 2 ulp. When a case misses its bound, eager's own error is measured eight times more, with
-tokens and features in other orders, since one sample of a rounding error is a poor estimate; all nine count.
+A reduced loss, CE or KL is one number, where eager may be right by luck: it may differ by what token errors of eager's
+RMS could add up to, 1.5 x eager's RMS error x sum |factor|, + 2 ulp. When a case misses its bound, eager's own error is
+measured eight times more, with tokens and features in other orders, since one sample of a rounding error is a poor
+estimate; all nine count.
 
-A suite, per dtype and quantity: the RMS over all cases is at most 1.0 x eager's. The two RMS errors of a case are divided by their own
-root sum of squares, or by one ulp where that is more, so that every case weighs the same: one where eager is hopeless hides no other.
-A suite is a sample: the ratio comes with its standard error, and it is a breach when it is above 1 by more than two of them.
+A suite, per dtype and quantity: the RMS over all cases is at most 1.0 x eager's. The two RMS errors of a case are
+divided by their own root sum of squares, or by one ulp where that is more: every case weighs the same, and one where
+eager is hopeless hides no other. A suite is a sample: the ratio comes with its standard error, and it is a breach when
+it is above 1 by more than two of them.
 
 KL's relative error in float32 is at most 1e-5 for every token with KL >= 1e-6, in the near_teacher cases made for that.
 
-float64 is the truth's own precision, and where eager is not finite it measures nothing: there the bound is FIXED_ULPS x (1 + max |z|)
-ulp, as an error of an ulp in a logit z is a relative error of |z| ulp in its softmax.
+float64 is the truth's own precision, and where eager is not finite it measures nothing: there the bound is
+FIXED_ULPS x (1 + max |z|) ulp, as an error of an ulp in a logit z is a relative error of |z| ulp in its softmax.
 """
 
 from __future__ import annotations
@@ -172,7 +174,9 @@ def suite_ratios(judgements: Iterable[Judgement]) -> dict[tuple[str, str, str], 
         for name, m in j.measured.items():
             unit = max(math.hypot(m.error, m.eager_error), m.ulp)
             if unit and math.isfinite(unit):
-                pairs.setdefault((j.impl, j.case.dtype, name), []).append(((m.error / unit) ** 2, (m.eager_error / unit) ** 2))
+                pairs.setdefault((j.impl, j.case.dtype, name), []).append(
+                    ((m.error / unit) ** 2, (m.eager_error / unit) ** 2)
+                )
     return {key: _ratio_of(values) for key, values in pairs.items()}
 
 

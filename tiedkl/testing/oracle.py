@@ -1,7 +1,7 @@
 """Three ways to evaluate a case: the float64 specification, eager PyTorch as users write it, and tiedkl itself.
 
-Eager computes the logits in the case's dtype and upcasts them to float32 before the losses (float64 stays), as model libraries
-do. Losses in half precision would be far worse and make every bound trivial.
+Eager computes the logits in the case's dtype and upcasts them to float32 before the losses (float64 stays), as model
+libraries do. Losses in half precision would be far worse and make every bound trivial.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIXED_ULPS = 32.0  # times 1 + max |z|: the bound where eager is no measure, see
 
 @dataclass
 class Values:
-    """What one evaluation gives, in float64: reduced terms, per-token terms (N,), gradients; keys of TERMS and GRADS."""
+    """What one evaluation gives, in float64: reduced and per-token terms (N,), gradients; keys of TERMS and GRADS."""
 
     reduced: dict[str, Tensor]
     tokens: dict[str, Tensor]
@@ -54,6 +54,7 @@ def flatten(case: Case, x: Inputs) -> Flat:
     weight = torch.ones(y.shape, dtype=torch.float64, device=y.device) if weight is None else weight.double()
     upstream = x.upstream.double()
     if case.shift:
+
         def ahead(a: Tensor, fill: float) -> Tensor:
             return torch.cat((a[..., case.shift :], torch.full_like(a[..., : case.shift], fill)), -1)
 
@@ -158,7 +159,7 @@ def eager_again(case: Case, f: Flat, generator: torch.Generator) -> Values:
 
 
 def arguments(case: Case, impl: str) -> dict[str, Any]:
-    """`case.options` with a workspace in bytes: NARROW becomes one byte too little for the smallest useful token block."""
+    """`case.options` with a workspace in bytes: NARROW becomes one too few for the smallest useful token block."""
     if case.options["workspace_bytes"] != NARROW:
         return case.options
     tuning, n, dtype = backends.load(impl).TUNING, torch.Size(case.shape).numel(), case.torch_dtype
@@ -178,7 +179,7 @@ def arguments(case: Case, impl: str) -> dict[str, Any]:
 
 
 def use(case: Case, x: Inputs, impl: str) -> Values:
-    """Call tiedkl twice: with the case's reduction and gradients, and without gradients for the terms of every token."""
+    """Call tiedkl twice: with the case's reduction and gradients, and without gradients for every token's terms."""
     leaves: dict[str, Tensor] = {"dw": x.w.detach().requires_grad_()}
     w = leaves["dw"]
     h = x.h.detach().requires_grad_()
@@ -223,7 +224,7 @@ def use(case: Case, x: Inputs, impl: str) -> Values:
 
 
 def ulp(case: Case, quantity: str, scale: float) -> float:
-    """One unit in the last place at `scale`, in the dtype `quantity` has: the loss's for terms, the input's for gradients."""
+    """One unit in the last place at `scale`, in the dtype of `quantity`: the loss's for terms, else the input's."""
     dtype = case.torch_dtype
     if quantity in TERMS and dtype != torch.float64:
         dtype = torch.float32

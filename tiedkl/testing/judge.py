@@ -104,13 +104,16 @@ class _Judge:
         fixed = self.case.dtype == "float64" or not all(finite)
         # With one word only, every probability is one and what should vanish is a difference of ones.
         one = 1.0 if self.case.vocab == 1 and len(error) else 0.0
-        rms_ulp, max_ulp = ulp(self.case, name, max(one, _rms(right))), ulp(self.case, name, max(one, _max(right)))
+        # Zero for everybody (ignored tokens): no part of the RMS, whose ulp is that of the entries that are computed.
+        live = torch.stack([right != 0, error != 0, *(e != 0 for e in others)]).any(0)
+        typical = _rms(right[live])
+        rms_ulp, max_ulp = ulp(self.case, name, max(one, typical)), ulp(self.case, name, max(one, _max(right)))
         slack = FIXED_ULPS * (1 + self.largest_logit)
-        rms_eager = math.sqrt(sum(_rms(e) ** 2 for e in others) / len(others))
+        rms_eager = math.sqrt(sum(_rms(e[live]) ** 2 for e in others) / len(others))
         if fixed:
             yield "max", _max(error), slack * max_ulp
         else:
-            yield "rms", _rms(error), RMS_FACTOR * rms_eager + ULPS * rms_ulp
+            yield "rms", _rms(error[live]), RMS_FACTOR * rms_eager + ULPS * rms_ulp
             yield "max", _max(error), MAX_FACTOR * max(map(_max, others)) + ULPS * max_ulp
         if per_token:
             reduced, factor = self.right.reduced[name], self.flat.scale.abs()

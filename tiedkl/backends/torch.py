@@ -1,7 +1,7 @@
 """The blocked walk in plain PyTorch: any device, no compiler, scratch within the plan. The fallback everywhere.
 
-Reference: tiedkl/reference.py, whose divergence is used as it is. The walk is that of csrc/driver.cpp. As there, the target's
-column is kept out of the sums, so that 1 - p_y and l1 - z_y do not cancel when p_y is near one.
+Reference: tiedkl/reference.py, whose divergence is used as it is. The walk is that of csrc/driver.cpp. As there, the
+target's column is kept out of the sums, so that 1 - p_y and l1 - z_y do not cancel when p_y is near one.
 
 The targets are copied to the host once, to sort them; on a GPU that is one synchronisation per call.
 """

@@ -57,7 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--max-tokens", "use only so many training tokens, and a tenth of it for each other split", int, "N", "all")
     option("--checkpoint-every", "seconds between checkpoints", float, "S")
     parser.add_argument(
-        "--no-tied-bias", dest="tied_bias", action="store_false", help="no output bias in +RE and +REAL, as in the paper"
+        "--no-tied-bias",
+        dest="tied_bias",
+        action="store_false",
+        help="no output bias in +RE and +REAL, as in the paper",
     )
     parser.add_argument("--fresh", action="store_true", help="discard an earlier run in --out and start again")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")

@@ -6,8 +6,8 @@ baseline    its own (V, D)    yes    0                       -
 +RE         the embedding     yes    0                       -
 +REAL       the embedding     yes    gamma * temperature     the embedding (that is, the output matrix)
 
-The paper gives reused embeddings no bias (`tied_bias=False`). Here all four have one: without it the tied models must learn
-word frequencies through the embedding, which costs them the first epochs and makes a short comparison unfair.
+The paper gives reused embeddings no bias (`tied_bias=False`). Here all four have one: without it the tied models must
+learn word frequencies through the embedding, which costs them the first epochs and makes a short comparison unfair.
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ KINDS: dict[str, Kind] = {
     "zipf": lambda r, t: {"targets": "zipf"},
     "same": lambda r, t: {"targets": "same"},
     "all_ignored": lambda r, t: {"ignored": 1.0},
-    "ignored": lambda r, t: {"ignored": r.choice((0.1, 0.5, 0.95))},
+    # Few enough are ignored that an RMS over the tokens that are left means something.
+    "ignored": lambda r, t: {"ignored": r.choice((0.1, 0.5, 0.8))},
     "weighted": lambda r, t: {"token_weight": True, "reduction": r.choice(("mean", "sum"))},
     "num_items": lambda r, t: {"num_items": r.uniform(0.5, 900.0), "reduction": "mean"},
     "shift": lambda r, t: {**_grid(r, t), "shift": r.choice((1, 1, 2))},

@@ -239,13 +239,13 @@ class _Rows:
         others = self.sum * scale
         weighted = torch.where(scale > 0, scale * (self.weighted + shift * self.sum), 0.0)
         log_sum = torch.where(self.correct > 0, torch.log1p(others), torch.log(others + at_y))
-        self.top, self.inv_sum, self.not_target = top, 1 / (others + at_y), others / (others + at_y)
+        self.top, self.sum_all, self.not_target = top, others + at_y, others / (others + at_y)
         self.l1 = top + log_sum
         self.ce = (1 - o.label_smoothing) * ((top - self.zy) + log_sum) + o.z_loss * self.l1**2
         if o.label_smoothing:
             self.ce += o.label_smoothing * (self.l1 - self.total / v)
         expected = weighted + torch.where(at_y > 0, at_y * (self.zy - top), 0.0)
-        self.entropy = log_sum - expected * self.inv_sum
+        self.entropy = log_sum - expected / self.sum_all
         sum_t = self.sum_t * torch.exp(shift / o.temperature) + torch.exp((self.zy - top) / o.temperature)
         which = self.block.which
         self.sums = RowSum(self.ms[which, None], self.sum_s[which, None])
@@ -275,8 +275,10 @@ class _Rows:
     def cross_entropy_gradient(self, z: Tensor, columns: slice) -> Tensor:
         """p (1 + 2 lam l1) - (1-eps) onehot - eps/V for one vocabulary block, over z."""
         o, v = self.o, self.p.w.shape[0]
-        grow = 1 + 2 * o.z_loss * self.l1
-        grad = z.sub_(self.top[:, None]).exp_().mul_((self.inv_sum * grow)[:, None])
+        # Quotients: a reciprocal's rounding would be an error common to the row, and add up in the products with w.
+        grad = z.sub_(self.top[:, None]).exp_().div_(self.sum_all[:, None])
+        if o.z_loss:
+            grad *= (1 + 2 * o.z_loss * self.l1)[:, None]
         if o.label_smoothing:
             grad -= o.label_smoothing / v
         rows, place = self.at_target(columns)

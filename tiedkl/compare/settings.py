@@ -121,7 +121,7 @@ class Settings:
         defaults = {
             "batch": 10 if small else 20,
             "lr": 1.0 if self.model == "lstm" else 1e-3,
-            "epochs": 8 if small else 6,
+            "epochs": 7 if small else 6,
             "decay_after": 4 if small else 3,
         }
         return settings | {name: value for name, value in defaults.items() if settings[name] is None}

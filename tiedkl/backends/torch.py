@@ -134,7 +134,7 @@ class _Walk:
                 assert s is not None
                 rows.kl += rows.divergence(z, s)[0]
                 if self.target_grad:
-                    q = rows.target(s)[1]
+                    q = rows.target(s)
                     rows.mean_delta += torch.where(q > 0, q * rows.log_ratio(z, s).neg_(), 0.0).sum(-1)
         if self.g is not None:
             for columns, z, s in tiles or self.tiles(block):
@@ -148,7 +148,7 @@ class _Walk:
         share = None
         if s is not None:
             if self.target_grad:
-                q, delta = rows.target(s)[1], rows.log_ratio(z, s).neg_()
+                q, delta = rows.target(s), rows.log_ratio(z, s).neg_()
                 self.target_gradients(block, rows, columns, q, delta)
             kl, share = rows.divergence(z, s)
             if not self.target_grad:
@@ -252,10 +252,9 @@ class _Rows:
         self.sums_t = RowSum((top / o.temperature)[:, None], sum_t[:, None])
         self.tops, self.logs = lse_difference(self.sums, self.sums_t)
 
-    def target(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity logits and target distribution of every token, each (C, B); softmax once per distinct target."""
-        q = torch.exp(s - self.ms[:, None]).div_(self.sum_s[:, None])
-        return s[self.block.which], q[self.block.which]
+    def target(self, s: Tensor) -> Tensor:
+        """Target distribution q of every token, (C, B); computed once per distinct target."""
+        return torch.exp(s - self.ms[:, None]).div_(self.sum_s[:, None])[self.block.which]
 
     def log_ratio(self, z: Tensor, s: Tensor) -> Tensor:
         """log r - log q of one vocabulary block, (C, B); the small difference of the logits first."""
@@ -267,7 +266,7 @@ class _Rows:
         if x.device.type != "cpu" or not bool(x.abs().amax() < DELTA_DIRECT if x.numel() else True):
             div = divergence(s[self.block.which], z / self.o.temperature, self.sums, self.sums_t)
             return div.excess.sum(-1), div.r_minus_q
-        q = self.target(s)[1]  # the same formula where no log ratio is large, in fewer passes
+        q = self.target(s)  # the same formula where no log ratio is large, in fewer passes
         e = torch.expm1(x)
         kl = torch.linalg.vecdot(q, x.neg_().add_(e))
         return kl, q.mul_(e)

@@ -11,7 +11,6 @@ says so.
 
 from __future__ import annotations
 
-import glob
 import os
 import platform
 import sys
@@ -26,18 +25,29 @@ SANITIZE = os.environ.get("TIEDKL_SANITIZE", "")
 
 # a*b + c is fused only where the source says so (at::vec::fmadd): every capability rounds alike.
 FP_CONTRACT = "-ffp-contract=off"
-ROW_KERNELS = "csrc/cpu/row_kernels.cpp"
-# One object of ROW_KERNELS per capability; csrc/cpu/dispatch.cpp picks one at run time. ATen's vector headers choose
-# their instruction set by macros that come with these flags, so a target attribute on a function would not do.
-CAPABILITIES = {"DEFAULT": []}
+# Sources compiled for instruction sets of their own, among which csrc/cpu/dispatch.cpp picks at run time: one object
+# each, in a folder of its own. ATen's vector headers choose their instruction set by macros that come with these flags,
+# so a target attribute on a function would not do.
+ROW_KERNELS, GEMM_BF16 = "csrc/cpu/row_kernels.cpp", "csrc/cpu/gemm_bf16.cpp"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *AVX2,
+    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"),
+    "-Wno-maybe-uninitialized",  # GCC 12 takes its own _mm512_undefined_ps() for a bug
+]
+
+
+def capability(name: str) -> list[str]:
+    """The macros by which a source and ATen's headers know what they are compiled for."""
+    return [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
+
+
+OBJECTS = {"default": (ROW_KERNELS, capability("DEFAULT"))}  # folder -> source, flags
 if X86:
-    CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CAPABILITIES["AVX512"] = [
-        *CAPABILITIES["AVX2"],
-        *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"),
-        "-Wno-maybe-uninitialized",  # GCC 12 takes its own _mm512_undefined_ps() for a bug
-    ]
+    OBJECTS["avx2"] = (ROW_KERNELS, [*capability("AVX2"), *AVX2])
+    OBJECTS["avx512"] = (ROW_KERNELS, [*capability("AVX512"), *AVX512])
+    OBJECTS["avx512_bf16"] = (GEMM_BF16, [*AVX512, "-mavx512bf16"])
 
 
 def give_up(reason: str) -> None:
@@ -101,7 +111,7 @@ def extension_options() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildTiedkl(BuildExtension):
-        """Compiles ROW_KERNELS once per capability; a failure leaves a pure-Python install."""
+        """Compiles OBJECTS beside the other sources; a failure leaves a pure-Python install."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -118,31 +128,27 @@ def extension_options() -> dict[str, Any]:
 
         def build_extension(self, ext: CppExtension) -> None:
             try:
-                ext.extra_objects = self.row_kernels(ext)
+                ext.extra_objects = self.objects(ext)
                 super().build_extension(ext)
             except Exception as error:
                 self.abandon(error)
 
-        def row_kernels(self, ext: CppExtension) -> list[str]:
-            """The objects of ROW_KERNELS, each compiled in a folder (and by a ninja file) of its own."""
+        def objects(self, ext: CppExtension) -> list[str]:
+            """OBJECTS, each compiled in a folder (and by a ninja file) of its own."""
 
-            def compile_for(capability: str) -> list[str]:
+            def compile_into(folder: str) -> list[str]:
+                source, flags = OBJECTS[folder]
                 return self.compiler.compile(
-                    [ROW_KERNELS],
-                    output_dir=os.path.join(self.build_temp, capability.lower()),
+                    [source],
+                    output_dir=os.path.join(self.build_temp, folder),
                     include_dirs=ext.include_dirs,
-                    extra_postargs=[
-                        *ext.extra_compile_args,
-                        f"-DCPU_CAPABILITY={capability}",
-                        f"-DCPU_CAPABILITY_{capability}",
-                        *CAPABILITIES[capability],
-                    ],
+                    extra_postargs=[*ext.extra_compile_args, *flags],
                 )
 
             # Without ninja BuildExtension swaps the compiler command while it works: one at a time.
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) if self.use_ninja else 1
             with ThreadPoolExecutor(max_workers=jobs) as pool:
-                return [obj for objects in pool.map(compile_for, CAPABILITIES) for obj in objects]
+                return [obj for objects in pool.map(compile_into, OBJECTS) for obj in objects]
 
         def abandon(self, error: Exception) -> None:
             """Reports the failure and removes an earlier build's library, which the install would pick up."""
@@ -153,7 +159,7 @@ def extension_options() -> dict[str, Any]:
     compile_flags, link_flags = cpu_flags()
     cpu = CppExtension(
         "tiedkl._C",
-        sources=sorted({"csrc/bindings.cpp", "csrc/driver.cpp", *glob.glob("csrc/cpu/*.cpp")} - {ROW_KERNELS}),
+        sources=["csrc/bindings.cpp", "csrc/driver.cpp", "csrc/cpu/dispatch.cpp"],
         extra_compile_args=compile_flags,
         extra_link_args=link_flags,
         optional=True,

@@ -1,6 +1,7 @@
 // The pybind11 module, nothing else.
 #include <torch/extension.h>
 
+#include "cpu/gemm_bf16.h"
 #include "cpu/row_kernels.h"
 #include "driver.h"
 
@@ -40,6 +41,7 @@ pybind11::dict build_info() {
 #endif
   info["compiler"] = __VERSION__;
   info["capability"] = tiedkl::cpu::row_kernel_capability();
+  info["bf16_products"] = tiedkl::cpu::bf16_gemm_available();
   return info;
 }
 
@@ -51,5 +53,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::arg("b"), pybind11::arg("t"), pybind11::arg("g"), pybind11::arg("temperature"), pybind11::arg("alpha"),
         pybind11::arg("label_smoothing"), pybind11::arg("z_loss"), pybind11::arg("softcap"), pybind11::arg("target_grad"),
         pybind11::arg("needs"), pybind11::arg("blocks"));
-  m.def("build_info", &build_info, "Compiler, torch version at build time and instruction set in use");
+  m.def("build_info", &build_info, "Compiler, torch version at build time, instruction set in use, and whether bfloat16 is multiplied as it is");
 }

@@ -5,13 +5,13 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "cpu/gemm_bf16.h"
 #include "cpu/row_kernels.h"
 
 namespace tiedkl {
@@ -19,21 +19,17 @@ namespace {
 
 using at::Tensor;
 
-// Scratch on huge pages where the system offers them: blocks live for one call, so that page faults are a measurable part of
-// it, and their rows are a vocabulary apart, so that small pages thrash the TLB.
-Tensor scratch(at::IntArrayRef shape, const at::TensorOptions& options) {
+// Uninitialised, on huge pages where the system offers them: blocks live for one call, so that page faults are a measurable part
+// of it, and their rows are a vocabulary apart, so that small pages thrash the TLB.
+Tensor large(at::IntArrayRef shape, const at::TensorOptions& options) {
+  Tensor out = at::empty(shape, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kHuge = size_t(2) << 20;
-  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
-  if (bytes >= 2 * kHuge) {
-    const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
-    void* data = std::aligned_alloc(kHuge, size);
-    TORCH_CHECK(data, "out of memory: ", size, " bytes of scratch");
-    madvise(data, size, MADV_HUGEPAGE);
-    return at::from_blob(data, shape, [](void* p) { std::free(p); }, options);
-  }
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t begin = (data + kHuge - 1) / kHuge * kHuge, end = (data + out.nbytes()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-  return at::empty(shape, options);
+  return out;
 }
 
 // Valid tokens grouped by target, the groups in an order unrelated to frequency, so that every block holds about the same
@@ -78,14 +74,14 @@ std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t*
   return blocks;
 }
 
-// Rows [begin, end) of a weight in the accumulation dtype. Full-precision weights are used in place.
+// Rows [begin, end) of a weight in the dtype that products read. A weight of that dtype is used in place.
 class Panels {
  public:
-  Panels(const Tensor& weight, at::ScalarType acc, int64_t panel) : weight_(weight), acc_(acc), panel_(std::min(panel, weight.size(0))) {}
+  Panels(const Tensor& weight, at::ScalarType dtype, int64_t panel) : weight_(weight), dtype_(dtype), panel_(std::min(panel, weight.size(0))) {}
   Tensor rows(int64_t begin, int64_t end) {
     const Tensor view = weight_.slice(0, begin, end);
-    if (weight_.scalar_type() == acc_) return view;
-    if (!buffer_.defined()) buffer_ = at::empty({panel_, weight_.size(1)}, weight_.options().dtype(acc_));
+    if (weight_.scalar_type() == dtype_) return view;
+    if (!buffer_.defined()) buffer_ = at::empty({panel_, weight_.size(1)}, weight_.options().dtype(dtype_));
     const Tensor rows = buffer_.slice(0, 0, end - begin);
     if (begin != begin_ || end != end_) rows.copy_(view);
     begin_ = begin, end_ = end;
@@ -94,11 +90,17 @@ class Panels {
 
  private:
   const Tensor weight_;
-  const at::ScalarType acc_;
+  const at::ScalarType dtype_;
   const int64_t panel_;
   Tensor buffer_;
   int64_t begin_ = -1, end_ = -1;
 };
+
+// Whether products read bfloat16 operands as they are, with float32 results.
+bool multiplies_bf16(const Problem& p) {
+  const auto readable = [](const Tensor& x) { return x.numel() > 0 && (x.stride(0) == 1 || x.stride(1) == 1); };
+  return p.h.scalar_type() == at::kBFloat16 && cpu::bf16_gemm_available() && readable(p.w) && (!p.t || readable(*p.t));
+}
 
 template <typename T>
 class Walk {
@@ -108,16 +110,19 @@ class Walk {
         sizes_(sizes),
         params_(p.params),
         acc_(p.h.options().dtype(c10::CppTypeToScalarType<T>::value)),
+        bf16_(multiplies_bf16(p)),
+        operand_(bf16_ ? p.h.options() : acc_),
         n_(p.h.size(0)),
         v_(p.w.size(0)),
         kl_(p.params.alpha != 0.0),
         whole_(sizes.vocab >= p.w.size(0)),
         grad_(p.g.has_value()),
         teacher_grad_(kl_ && p.params.target_grad && grad_ && (p.t ? p.need_t : p.need_w)),
-        w_(p.w, acc_.dtype().toScalarType(), sizes.panel),
-        t_(p.t ? *p.t : p.w, acc_.dtype().toScalarType(), sizes.panel) {
+        w_(p.w, operand_.dtype().toScalarType(), sizes.panel),
+        t_(p.t ? *p.t : p.w, operand_.dtype().toScalarType(), sizes.panel) {
     params_.target_grad = teacher_grad_;  // nothing behind the similarity target may want a gradient
     params_.temperature = 1.0 / double(T(1.0 / params_.temperature));  // the 1/tau the row kernels multiply by
+    if (bf16_) sizes_.panel = sizes_.vocab;  // nothing to convert, and the product blocks by itself
   }
 
   Result run() {
@@ -145,19 +150,18 @@ class Walk {
   void allocate() {
     const int64_t width = std::min(sizes_.vocab, v_), rows = std::min(sizes_.tokens, n_), d = p_.h.size(1);
     const Tensor& t = p_.t ? *p_.t : p_.w;
-    const int64_t targets = std::min(sizes_.targets, rows), threads = at::get_num_threads();
+    const int64_t targets = kl_ ? std::min(sizes_.targets, rows) : 0, threads = at::get_num_threads();
     out_.terms = at::zeros({5, n_}, acc_);
     if (p_.need_h) out_.d_h = at::zeros({n_, d}, acc_);
-    if (p_.need_w) out_.d_w = at::empty({v_, d}, acc_);
+    if (p_.need_w) out_.d_w = large({v_, d}, acc_);
     if (p_.need_b) out_.d_b = at::empty({v_}, acc_);
     if (p_.need_t && p_.t) out_.d_t = teacher_grad_ ? at::empty({v_, t.size(1)}, acc_) : at::zeros({v_, t.size(1)}, acc_);
-    z_ = scratch({rows, width}, acc_);
-    h_ = at::empty({rows, d}, acc_);
+    logits_ = large({rows + targets, width}, acc_);
+    operands_ = at::empty({rows + (p_.t ? 0 : targets), d}, operand_);
     if (p_.need_h) d_h_ = at::empty({rows, d}, acc_);
     if (p_.b) bias_ = p_.b->to(acc_.dtype()).contiguous();
     if (kl_) {
-      s_ = scratch({targets, width}, acc_);
-      u_ = at::empty({targets, t.size(1)}, acc_);
+      if (p_.t) u_buffer_ = at::empty({targets, t.size(1)}, operand_);
       q_ = at::empty({threads, width}, acc_);
     }
     if (teacher_grad_) {
@@ -165,6 +169,7 @@ class Walk {
       d_u_ = at::empty({targets, t.size(1)}, acc_);
     }
     outputs_ = at::empty({3, rows}, acc_);
+    if (bf16_) packed_ = at::empty({cpu::kBf16GemmScratch}, acc_.dtype(at::kInt));
   }
 
   static Tensor index(const int64_t* ids, int64_t n) {
@@ -173,12 +178,13 @@ class Walk {
 
   // Gather the block's hidden states, weights and teacher vectors.
   void load(const Block& block, const std::vector<int64_t>& order) {
-    const int64_t rows = block.end - block.begin, targets = block.targets.size();
-    const Tensor which = index(order.data() + block.begin, rows);
-    h_.slice(0, 0, rows).copy_(p_.h.index_select(0, which));
+    const int64_t rows = block.end - block.begin, targets = kl_ ? block.targets.size() : 0;
+    z_ = logits_.slice(0, 0, rows), s_ = logits_.slice(0, rows, rows + targets);
+    h_ = operands_.slice(0, 0, rows);
+    h_.copy_(p_.h.index_select(0, index(order.data() + block.begin, rows)));
     if (kl_) {
-      const Tensor& t = p_.t ? *p_.t : p_.w;
-      u_.slice(0, 0, targets).copy_(t.index_select(0, index(block.targets.data(), targets)));
+      u_ = p_.t ? u_buffer_.slice(0, 0, targets) : operands_.slice(0, rows, rows + targets);
+      u_.copy_((p_.t ? *p_.t : p_.w).index_select(0, index(block.targets.data(), targets)));
     }
     y_.resize(rows), g_.assign(rows, 0.0);
     const int64_t* y = p_.y.const_data_ptr<int64_t>();
@@ -204,17 +210,17 @@ class Walk {
     if (p_.need_h) out_.d_h.index_copy_(0, index(order.data() + block.begin, rows), d_h_.slice(0, 0, rows));
   }
 
-  // Logits and similarities of vocabulary rows [v0, v1) into columns [v0 - at, v1 - at) of the block.
-  void products(const Block& block, int64_t v0, int64_t v1, int64_t at) {
-    const int64_t rows = block.end - block.begin, targets = block.targets.size();
+  // Logits and similarities of vocabulary rows [v0, v1) into columns [v0 - at, v1 - at) of the block. They are one product where
+  // both are taken with w.
+  void products(int64_t v0, int64_t v1, int64_t at) {
+    const int64_t rows = z_.size(0) + (p_.t ? 0 : s_.size(0));
     for (int64_t a = v0; a < v1; a += sizes_.panel) {
       const int64_t b = std::min(a + sizes_.panel, v1);
-      const Tensor w = w_.rows(a, b);
-      Tensor z = z_.slice(0, 0, rows).slice(1, a - at, b - at);
-      at::mm_out(z, h_.slice(0, 0, rows), w.t());
-      if (!kl_) continue;
-      Tensor s = s_.slice(0, 0, targets).slice(1, a - at, b - at);
-      at::mm_out(s, u_.slice(0, 0, targets), (p_.t ? t_.rows(a, b) : w).t());
+      Tensor z = logits_.slice(0, 0, rows).slice(1, a - at, b - at);
+      multiply(z, operands_.slice(0, 0, rows), w_.rows(a, b).t(), true);
+      if (!kl_ || !p_.t) continue;
+      Tensor s = s_.slice(1, a - at, b - at);
+      multiply(s, u_, t_.rows(a, b).t(), true);
     }
   }
 
@@ -224,7 +230,7 @@ class Walk {
     const auto data = [](Tensor& x) { return x.defined() ? x.template mutable_data_ptr<T>() : nullptr; };
     const cpu::Tile<T> tile{data(z_),
                             z_.size(1),
-                            block.end - block.begin,
+                            z_.size(0),
                             v1 - v0,
                             v0,
                             v_,
@@ -248,19 +254,16 @@ class Walk {
   }
 
   // d_h += G w, d_w = G^T h, d_b = sum G, and the target gradient's two products, for vocabulary rows [v0, v1).
-  void gradients(const Block& block, int64_t v0, int64_t v1, int64_t at, bool first_columns) {
-    const int64_t rows = block.end - block.begin, targets = block.targets.size();
-    const Tensor h = h_.slice(0, 0, rows);
+  void gradients(int64_t v0, int64_t v1, int64_t at, bool first_columns) {
+    Tensor d_h = d_h_.defined() ? d_h_.slice(0, 0, z_.size(0)) : d_h_;
+    Tensor d_u = d_u_.defined() ? d_u_.slice(0, 0, s_.size(0)) : d_u_;
     for (int64_t a = v0; a < v1; a += sizes_.panel) {
       const int64_t b = std::min(a + sizes_.panel, v1);
-      const Tensor grad = z_.slice(0, 0, rows).slice(1, a - at, b - at);
-      if (p_.need_h) {
-        Tensor d_h = d_h_.slice(0, 0, rows);
-        accumulate(d_h, grad, w_.rows(a, b), first_columns && a == v0);
-      }
+      const Tensor grad = z_.slice(1, a - at, b - at);
+      if (p_.need_h) multiply(d_h, grad, w_.rows(a, b), first_columns && a == v0);
       if (p_.need_w) {
         Tensor d_w = out_.d_w.slice(0, a, b);
-        accumulate(d_w, grad.t(), h, first_);
+        multiply(d_w, grad.t(), h_, first_);
       }
       if (p_.need_b) {
         Tensor d_b = out_.d_b.slice(0, a, b);
@@ -271,17 +274,24 @@ class Walk {
         }
       }
       if (!teacher_grad_) continue;
-      const Tensor d_s = s_.slice(0, 0, targets).slice(1, a - at, b - at);
+      const Tensor d_s = s_.slice(1, a - at, b - at);
       Tensor d_t = (p_.t ? out_.d_t : out_.d_w).slice(0, a, b);
-      accumulate(d_t, d_s.t(), u_.slice(0, 0, targets), p_.t ? first_ : false);
-      Tensor d_u = d_u_.slice(0, 0, targets);
-      accumulate(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      multiply(d_t, d_s.t(), u_, p_.t ? first_ : false);
+      multiply(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
     }
   }
 
   // out = x y, added to what is there unless this is the first contribution
-  static void accumulate(Tensor& out, const Tensor& x, const Tensor& y, bool first) {
-    at::addmm_out(out, out, x, y, first ? 0 : 1);
+  void multiply(Tensor& out, const Tensor& x, const Tensor& y, bool first) const {
+    if (!bf16_) {
+      at::addmm_out(out, out, x, y, first ? 0 : 1);
+      return;
+    }
+    const auto operand = [](const Tensor& m) {
+      return cpu::Bf16Operand{m.const_data_ptr(), m.scalar_type() == at::kFloat, m.stride(0), m.stride(1)};
+    };
+    cpu::bf16_gemm(out.size(0), out.size(1), x.size(1), operand(x), operand(y), out.mutable_data_ptr<float>(), out.stride(0), !first,
+                   reinterpret_cast<uint32_t*>(packed_.mutable_data_ptr<int>()));
   }
 
   // After every column of d_w (or d_t) holds this block's share: the rows of the targets themselves.
@@ -293,33 +303,33 @@ class Walk {
 
   // token_blocks: the block spans the vocabulary; logits are computed once and become their own gradient.
   void whole_block(const Block& block) {
-    products(block, 0, v_, 0);
+    products(0, v_, 0);
     unsigned stages = cpu::kPrepare | cpu::kStats | cpu::kFinish | cpu::kDivergence;
     if (grad_) stages |= cpu::kGradient;
     rows_kernel(block, 0, v_, stages);
     if (!grad_) return;
-    gradients(block, 0, v_, 0, true);
+    gradients(0, v_, 0, true);
     if (teacher_grad_) add_target_rows(block);
   }
 
   // vocab_blocks: one pass for the statistics, one that computes the logits again for the gradient.
   void tiled_block(const Block& block) {
     for_tiles([&](int64_t v0, int64_t v1) {
-      products(block, v0, v1, v0);
+      products(v0, v1, v0);
       rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kStats | (v1 == v_ ? cpu::kFinish : 0));
     });
     const bool divergence_first = kl_ && (!grad_ || teacher_grad_);  // the target gradient needs each token's KL
     if (divergence_first) {
       for_tiles([&](int64_t v0, int64_t v1) {
-        products(block, v0, v1, v0);
+        products(v0, v1, v0);
         rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kDivergence);
       });
     }
     if (!grad_) return;
     for_tiles([&](int64_t v0, int64_t v1) {
-      products(block, v0, v1, v0);
+      products(v0, v1, v0);
       rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kGradient | (divergence_first ? 0 : cpu::kDivergence));
-      gradients(block, v0, v1, v0, v0 == 0);
+      gradients(v0, v1, v0, v0 == 0);
     });
     if (teacher_grad_) add_target_rows(block);
   }
@@ -330,15 +340,19 @@ class Walk {
   }
 
   const Problem& p_;
-  const BlockSizes sizes_;
+  BlockSizes sizes_;
   LossParams params_;
   const at::TensorOptions acc_;
+  const bool bf16_;
+  const at::TensorOptions operand_;  // of what is multiplied: h, w, t
   const int64_t n_, v_;
   const bool kl_, whole_, grad_, teacher_grad_;
   bool first_ = true;  // no block has been added to d_w, d_b, d_t yet
   Panels w_, t_;
   Result out_;
-  Tensor z_, s_, h_, u_, q_, a_, d_h_, d_u_, bias_, outputs_;
+  // Whole scratch, logits above similarities, h above u; then the current block's part of it.
+  Tensor logits_, operands_, u_buffer_, q_, a_, d_h_, d_u_, bias_, outputs_, packed_;
+  Tensor z_, s_, h_, u_;
   std::vector<int64_t> y_;
   std::vector<double> g_;
   std::vector<TokenState> token_;

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiedkl
 from tiedkl import backends, ops
@@ -46,12 +48,12 @@ def raw_arguments(reduction: str, needs_grad: bool, **options: Any) -> tuple[Any
     h, w, y = inputs()
     if not needs_grad:
         h, w = h.detach(), w.detach()
-    real = ops.tied_loss
+    real = ops.evaluate
     try:
-        ops.tied_loss = lambda *args: caught.append(args) or real(*args)
+        ops.evaluate = lambda *args: caught.append(args) or real(*args)
         tiedkl.fused_tied_loss(h, w, y, reduction=reduction, **options)
     finally:
-        ops.tied_loss = real
+        ops.evaluate = real
     return caught[0]
 
 
@@ -63,6 +65,37 @@ def test_opcheck(impl: str, reduction: str) -> None:
     for options in ({}, {"bias": bias, "target_weight": t, "target_grad": True, "token_weight": torch.rand(N)}):
         torch.library.opcheck(ops.tied_loss, raw_arguments(reduction, True, impl=impl, **options))
     torch.library.opcheck(ops.tied_loss, raw_arguments(reduction, False, impl=impl))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("impl", RUNNABLE)
+def test_the_direct_call_equals_the_operator(impl: str, reduction: str) -> None:
+    arguments = raw_arguments(reduction, True, impl=impl)
+    leaves = arguments[:2]
+    direct, dispatched = ops.TiedLoss.apply(*arguments), ops.tied_loss(*arguments)
+    for a, b in zip(direct, dispatched, strict=True):
+        assert torch.equal(a, b)
+        assert a.requires_grad == b.requires_grad
+    upstream = torch.rand_like(direct[0])
+    for a, b in zip(*(grads(out[0], *leaves, upstream=upstream) for out in (direct, dispatched)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_who_traces_sees_the_operator() -> None:
+    seen: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    h, w, y = inputs()
+    with Recorder():
+        tiedkl.fused_tied_loss(h, w, y)
+    assert "tiedkl.tied_loss.default" in seen
+    with FakeTensorMode() as mode:
+        fake = tiedkl.fused_tied_loss(mode.from_tensor(h), mode.from_tensor(w), mode.from_tensor(y))
+    assert isinstance(fake, FakeTensor)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiedkl import backends
+from tiedkl.backends.cpp import NATIVE_BF16
 from tiedkl.plan import DEFAULT_WORKSPACE, MIB, TOKEN_BLOCKS, VOCAB_BLOCKS, Shape, Tuning, make_plan, scratch_bytes
 
-TUNINGS = {name: backends.load(name).TUNING for name in ("cpp", "torch")}
+TUNINGS = {name: backends.load(name).TUNING for name in ("cpp", "torch")} | {"cpp bf16": NATIVE_BF16}
 shapes = st.builds(
     Shape,
     tokens=st.integers(0, 200_000),

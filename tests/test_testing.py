@@ -80,10 +80,13 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, change) -> None:
     def backward(p, plan, g, needs):
         return change(*honest.backward(p, plan, g, needs))
 
-    module = type(
-        "spoiled", (), {"TUNING": honest.TUNING, "forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
-    module.unsupported = staticmethod(honest.unsupported)
+    functions = {
+        "unsupported": honest.unsupported,
+        "tuning": honest.tuning,
+        "forward": forward,
+        "backward": backward,
+    }
+    module = type("spoiled", (), {name: staticmethod(function) for name, function in functions.items()})
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: module if name == "reference" else load(name))
 

@@ -259,7 +259,7 @@ def _needs(c: _Call, o: Options) -> int:
 
 def _evaluate(settings: _Settings, call: _Call, shift: int) -> Tensor | TiedLossOutput:
     scalars = settings.scalars._replace(needs=_needs(call, settings.scalars.options))
-    loss, terms, scale, *_ = ops.tied_loss(*call[:-1], *scalars.pack(), settings.impl)
+    loss, terms, scale, *_ = ops.evaluate(*call[:-1], *scalars.pack(), settings.impl)
 
     def unflatten(x: Tensor) -> Tensor:
         x = x.reshape(call.shape)

@@ -45,6 +45,8 @@ class Tuning:
     min_token_block: int  # C below which vocab_blocks is cheaper
     min_vocab_block: int  # B below which GEMMs are inefficient
     panel: int  # vocabulary rows per GEMM
+    widened: int = 2  # panels of half-precision weights held in the accumulation dtype
+    row_multiple: int = 1  # C is rounded up to a multiple where it still fits
     targets_per_token: float = 0.5  # Cw / C
     block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
 
@@ -83,7 +85,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
     rows = tokens * shape.width * (2 if shape.grad else 1)  # gathered h, and its gradient
     if kl:
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
-    rows += 2 * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width) if shape.half else 0
+    if shape.half:
+        rows += tuning.widened * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width)
     return shape.acc_bytes * (columns * vocab + rows)
 
 
@@ -129,6 +132,8 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         vocab = _largest(v, lambda b: fits(tokens, b))
     if tokens < n:  # equal blocks
         tokens = -(-n // -(-n // tokens))
+        rounded = -(-tokens // tuning.row_multiple) * tuning.row_multiple
+        tokens = rounded if rounded < n and fits(rounded, vocab) else tokens
     strategy = TOKEN_BLOCKS if vocab >= v else VOCAB_BLOCKS
     targets = _targets(tuning, tokens)
     return Plan(

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "gemm_bf16.h"
 #include "row_kernels.h"
 
 namespace tiedkl::cpu {
@@ -37,6 +38,14 @@ const char* row_kernel_capability() {
     case Capability::kAvx2: return "AVX2";
     default: return "DEFAULT";
   }
+}
+
+bool bf16_gemm_available() {
+#if defined(TIEDKL_X86)
+  return capability() == Capability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 template <typename T>

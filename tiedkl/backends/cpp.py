@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ TUNING = Tuning(
     min_vocab_block=512,
     panel=1024,
 )
+NATIVE_BF16 = replace(TUNING, widened=0, row_multiple=12)  # rows of a tile in csrc/cpu/gemm_bf16.cpp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -46,6 +48,12 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"dtype {dtype} is not supported"
     module = extension()
     return module if isinstance(module, str) else None
+
+
+def tuning(dtype: torch.dtype) -> Tuning:
+    """Half-precision weights are widened panel by panel, but for bfloat16 where the processor multiplies it."""
+    module: Any = extension()
+    return NATIVE_BF16 if dtype == torch.bfloat16 and module.build_info()["bf16_products"] else TUNING
 
 
 def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms, Grads]:

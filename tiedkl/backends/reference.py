@@ -25,6 +25,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def tuning(dtype: torch.dtype) -> Tuning:
+    """The same for every dtype."""
+    return TUNING
+
+
 def forward(problem: Problem, plan: Plan) -> Terms:
     """Per-token terms; the plan is ignored."""
     return reference.forward(problem.to(problem.acc))

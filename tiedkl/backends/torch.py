@@ -36,6 +36,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def tuning(dtype: torch.dtype) -> Tuning:
+    """The same for every dtype."""
+    return TUNING
+
+
 def forward(problem: Problem, plan: Plan) -> Terms:
     """Per-token terms in 1 + rho GEMMs (2 + 2 rho in vocabulary blocks)."""
     return _Walk(problem, plan, None, Needs()).run()[0]

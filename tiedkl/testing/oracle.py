@@ -162,7 +162,8 @@ def arguments(case: Case, impl: str) -> dict[str, Any]:
     """`case.options` with a workspace in bytes: NARROW becomes one too few for the smallest useful token block."""
     if case.options["workspace_bytes"] != NARROW:
         return case.options
-    tuning, n, dtype = backends.load(impl).TUNING, torch.Size(case.shape).numel(), case.torch_dtype
+    n, dtype = torch.Size(case.shape).numel(), case.torch_dtype
+    tuning = backends.load(impl).tuning(dtype)
     shape = Shape(
         tokens=n,
         vocab=case.vocab,

@@ -13,6 +13,7 @@
 
 #include "cpu/gemm_bf16.h"
 #include "cpu/row_kernels.h"
+#include "token_blocks.h"
 
 namespace tiedkl {
 namespace {
@@ -30,48 +31,6 @@ Tensor large(at::IntArrayRef shape, const at::TensorOptions& options) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;
-}
-
-// Valid tokens grouped by target, the groups in an order unrelated to frequency, so that every block holds about the same
-// number of distinct targets (vocabularies are often sorted by frequency).
-std::vector<int64_t> group_by_target(const Tensor& y) {
-  const int64_t n = y.size(0);
-  const int64_t* ids = y.const_data_ptr<int64_t>();
-  std::vector<std::pair<uint64_t, int64_t>> keyed;
-  keyed.reserve(n);
-  for (int64_t i = 0; i < n; ++i) {
-    if (ids[i] >= 0) keyed.emplace_back(uint64_t(ids[i]) * 0x9E3779B97F4A7C15ull, i);  // odd multiplier: one key per id
-  }
-  std::sort(keyed.begin(), keyed.end());
-  std::vector<int64_t> order(keyed.size());
-  for (size_t i = 0; i < keyed.size(); ++i) order[i] = keyed[i].second;
-  return order;
-}
-
-// Tokens order[begin, end) with their distinct targets.
-struct Block {
-  int64_t begin, end;
-  std::vector<int64_t> targets;  // ids
-  std::vector<int64_t> group;    // offsets from begin, one more than targets
-};
-
-std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t* y, const BlockSizes& sizes) {
-  std::vector<Block> blocks;
-  const int64_t n = order.size();
-  for (int64_t i = 0; i < n;) {
-    Block block{i, i, {}, {}};
-    for (; i < n && i - block.begin < sizes.tokens; ++i) {
-      if (block.targets.empty() || y[order[i]] != block.targets.back()) {
-        if (int64_t(block.targets.size()) == sizes.targets) break;
-        block.targets.push_back(y[order[i]]);
-        block.group.push_back(i - block.begin);
-      }
-    }
-    block.end = i;
-    block.group.push_back(i - block.begin);
-    blocks.push_back(std::move(block));
-  }
-  return blocks;
 }
 
 // Rows [begin, end) of a weight in the dtype that products read. A weight of that dtype is used in place.
@@ -127,8 +86,8 @@ class Walk {
 
   Result run() {
     allocate();
-    const std::vector<int64_t> order = group_by_target(p_.y);
-    for (const Block& block : make_blocks(order, p_.y.const_data_ptr<int64_t>(), sizes_)) {
+    const std::vector<int64_t> order = group_by_target(p_.y.const_data_ptr<int64_t>(), n_);
+    for (const Block& block : make_blocks(order, p_.y.const_data_ptr<int64_t>(), sizes_.tokens, sizes_.targets)) {
       load(block, order);
       if (whole_) {
         whole_block(block);

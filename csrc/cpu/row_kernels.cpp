@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "vec_loop.h"
 #include "vec_math.h"
 
 namespace tiedkl::cpu::CPU_CAPABILITY {
@@ -21,58 +22,6 @@ namespace {
 constexpr int64_t kChunk = 2048;  // columns
 constexpr double kLowest = -80.0;  // expm1 is -1 to rounding below
 constexpr double kFloor = -87.0;  // smallest exponent that float's 2^n can hold; below it a probability counts as e^-87
-
-template <typename T>
-double lane_sum(const Vec<T>& v) {
-  T lanes[Vec<T>::size()];
-  v.store(lanes);
-  double total = 0;
-  for (T x : lanes) total += x;
-  return total;
-}
-
-template <typename T>
-T lane_max(const Vec<T>& v) {
-  T lanes[Vec<T>::size()];
-  v.store(lanes);
-  return *std::max_element(lanes, lanes + Vec<T>::size());
-}
-
-// Calls body(offset, lanes) over [0, n) in whole vectors and one partial one. (if-constexpr on a full vector stays cheap.)
-template <typename T, typename Body>
-inline void for_vectors(int64_t n, const Body& body) {
-  constexpr int64_t W = Vec<T>::size();
-  int64_t i = 0;
-  for (; i + W <= n; i += W) body(i, std::integral_constant<int, 0>{});
-  if (i < n) body(i, static_cast<int>(n - i));
-}
-
-// A lane count that is zero at compile time means a whole vector.
-template <typename T>
-inline Vec<T> load(const T* p, std::integral_constant<int, 0>) {
-  return Vec<T>::loadu(p);
-}
-template <typename T>
-inline Vec<T> load(const T* p, int lanes) {
-  return Vec<T>::loadu(p, lanes);
-}
-template <typename T>
-inline void store(const Vec<T>& v, T* p, std::integral_constant<int, 0>) {
-  v.store(p);
-}
-template <typename T>
-inline void store(const Vec<T>& v, T* p, int lanes) {
-  v.store(p, lanes);
-}
-// Lanes past the end replaced by `fill`.
-template <typename T>
-inline Vec<T> keep(const Vec<T>& v, T, std::integral_constant<int, 0>) {
-  return v;
-}
-template <typename T>
-inline Vec<T> keep(const Vec<T>& v, T fill, int lanes) {
-  return Vec<T>::set(Vec<T>(fill), v, lanes);
-}
 
 template <typename T>
 T row_max(const T* x, int64_t n) {

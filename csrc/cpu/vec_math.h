@@ -4,14 +4,11 @@
 // and expm1(x) - x without cancellation at no extra cost. Q was fitted by weighted least squares (Lawson): see each bound.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <cstring>
 
-namespace tiedkl::cpu::CPU_CAPABILITY {
+#include "vec_loop.h"
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+namespace tiedkl::cpu::CPU_CAPABILITY {
 
 // Integer lanes as wide as a vector of T.
 template <typename T>

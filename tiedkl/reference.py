@@ -135,7 +135,8 @@ def backward(p: Problem, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
     d_b = grad.sum(0) if needs.b else None
     d_t = None
     if o.target_grad and div is not None and (needs.t if p.t is not None else needs.w):
-        delta = torch.where(div.q > 0, div.delta, 0.0)
+        # From the delta at q's peak: where q is large, and roundings count, the differences are small then.
+        delta = torch.where(div.q > 0, div.delta - div.delta.gather(-1, div.q.argmax(-1, keepdim=True)), 0.0)
         mean = (div.q * delta).sum(-1, keepdim=True)  # KL, but from the same deltas: the row then sums to zero
         d_s = (o.alpha / o.temperature) * div.q * (delta - mean)
         d_s = torch.where(valid[:, None], g[:, None] * d_s, 0.0)

@@ -23,7 +23,7 @@ TUNING = Tuning(
     s_buffers=1,
     row_buffers=0,
     token_block=1024,
-    min_token_block=8,
+    min_token_block=32,  # products of fewer rows are slow, and less accurate
     min_vocab_block=512,
     panel=1 << 62,
     block_bytes=16 << 20,
@@ -140,7 +140,7 @@ class _Walk:
                 rows.kl += rows.divergence(z, s)[0]
                 if self.target_grad:
                     q = rows.target(s)
-                    rows.mean_delta += torch.where(q > 0, q * rows.log_ratio(z, s).neg_(), 0.0).sum(-1)
+                    rows.mean_delta += torch.where(q > 0, q * rows.delta(z, s), 0.0).sum(-1)
         if self.g is not None:
             for columns, z, s in tiles or self.tiles(block):
                 self.gradients(block, rows, columns, z, s)
@@ -153,8 +153,7 @@ class _Walk:
         share = None
         if s is not None:
             if self.target_grad:
-                q, delta = rows.target(s), rows.log_ratio(z, s).neg_()
-                self.target_gradients(block, rows, columns, q, delta)
+                self.target_gradients(block, rows, columns, rows.target(s), rows.delta(z, s))
             kl, share = rows.divergence(z, s)
             if not self.target_grad:
                 rows.kl += kl
@@ -193,9 +192,9 @@ class _Rows:
         self.block, self.p, self.o = block, p, p.options
         lowest = torch.finfo(p.acc).min
         self.m = block.h.new_full((len(block.tokens),), lowest)
-        self.sum, self.sum_t, self.weighted, self.total, self.zy, self.kl, self.mean_delta = self.m.new_zeros(
-            7, len(self.m)
-        ).unbind(0)  # mean_delta: KL from the deltas themselves, for the target gradient to sum to zero
+        self.sum, self.sum_t, self.weighted, self.total, self.zy, self.kl, self.z_peak, self.mean_delta = (
+            self.m.new_zeros(8, len(self.m)).unbind(0)
+        )  # mean_delta: of `delta` itself, for the target gradient to sum to zero
         self.ms = block.h.new_full((len(block.targets),), lowest)
         self.sum_s = torch.zeros_like(self.ms)
 
@@ -211,6 +210,10 @@ class _Rows:
         rows, place = self.at_target(columns)
         if o.label_smoothing:
             self.total += z.sum(-1)
+        if s is not None:
+            ms, peak = s.max(-1)
+            higher, which = ms > self.ms, self.block.which
+            self.z_peak = torch.where(higher[which], z.gather(-1, peak[which, None])[:, 0], self.z_peak)
         zy = z[rows, place]
         self.zy[rows] = zy
         z[rows, place] = torch.finfo(z.dtype).min
@@ -229,7 +232,7 @@ class _Rows:
         self.weighted += torch.linalg.vecdot(e, d)
         if s is not None:
             self.sum_t += d.div_(o.temperature).exp_().sum(-1)
-            ms = torch.maximum(self.ms, s.amax(-1))
+            ms = torch.maximum(self.ms, ms)
             self.sum_s = self.sum_s * torch.exp(self.ms - ms) + torch.exp(s - ms[:, None]).sum(-1)
             self.ms = ms
         z[rows, place] = zy
@@ -264,6 +267,11 @@ class _Rows:
     def log_ratio(self, z: Tensor, s: Tensor) -> Tensor:
         """log r - log q of one vocabulary block, (C, B); the small difference of the logits first."""
         return (z / self.o.temperature).sub_(s[self.block.which]).add_(self.tops).add_(self.logs)
+
+    def delta(self, z: Tensor, s: Tensor) -> Tensor:
+        """log q - log r of one vocabulary block, (C, B), less its value at q's peak, as in tiedkl/reference.py."""
+        at_peak = ((self.z_peak / self.o.temperature) - self.sums.top[:, 0])[:, None] + self.tops + self.logs
+        return self.log_ratio(z, s).neg_().add_(at_peak)
 
     def divergence(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The block's share of KL (C,), and r - q (C, B)."""

@@ -10,6 +10,7 @@ rho = (distinct targets) / N is unknown here; a similarity block of Cw rows goes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,14 +39,15 @@ class Shape:
 class Tuning:
     """What a backend's row arithmetic needs and likes; data, one per backend."""
 
-    z_buffers: int  # blocks of C x B alive at once
+    z_buffers: float  # blocks of C x B alive at once, in units of the accumulation dtype
     s_buffers: int  # blocks of Cw x B alive at once
     row_buffers: int  # rows of B per thread
-    token_block: int  # C beyond which larger blocks gain nothing
+    token_block: int  # C of token_blocks beyond which larger ones gain nothing; 0: vocab_blocks only
     min_token_block: int  # C below which vocab_blocks is cheaper
     min_vocab_block: int  # B below which GEMMs are inefficient
     panel: int  # vocabulary rows per GEMM
     widened: int = 2  # panels of half-precision weights held in the accumulation dtype
+    delta_buffers: float = 0  # blocks of C x B more with target_grad
     row_multiple: int = 1  # C is rounded up to a multiple where it still fits
     targets_per_token: float = 0.5  # Cw / C
     block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
@@ -80,6 +82,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
     """Bytes of scratch for blocks of `tokens` x `vocab` with `targets` similarity rows."""
     kl, target_grad = shape.kl, shape.kl and shape.grad and shape.target_grad
     columns = tuning.z_buffers * tokens
+    if target_grad:
+        columns += tuning.delta_buffers * tokens
     if kl:
         columns += tuning.s_buffers * targets + tuning.row_buffers * shape.threads * (2 if target_grad else 1)
     rows = tokens * shape.width * (2 if shape.grad else 1)  # gathered h, and its gradient
@@ -87,7 +91,7 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
     if shape.half:
         rows += tuning.widened * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width)
-    return shape.acc_bytes * (columns * vocab + rows)
+    return shape.acc_bytes * (math.ceil(columns * vocab) + rows)
 
 
 def _targets(tuning: Tuning, tokens: int) -> int:
@@ -123,7 +127,7 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         return scratch_bytes(shape, tuning, tokens, _targets(tuning, tokens), vocab) <= budget
 
     cap = min(n, tuning.token_block, max(tuning.min_token_block, tuning.block_bytes // (shape.acc_bytes * v)))
-    tokens = _largest(cap, lambda c: fits(c, v))
+    tokens = _largest(cap, lambda c: fits(c, v)) if tuning.token_block else 0
     vocab = v
     if tokens < min(n, tuning.min_token_block) or not fits(tokens, v):
         # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
@@ -134,7 +138,7 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         tokens = -(-n // -(-n // tokens))
         rounded = -(-tokens // tuning.row_multiple) * tuning.row_multiple
         tokens = rounded if rounded < n and fits(rounded, vocab) else tokens
-    strategy = TOKEN_BLOCKS if vocab >= v else VOCAB_BLOCKS
+    strategy = TOKEN_BLOCKS if vocab >= v and tuning.token_block else VOCAB_BLOCKS
     targets = _targets(tuning, tokens)
     return Plan(
         impl=impl,

@@ -17,7 +17,7 @@ from types import ModuleType
 from torch import device as Device
 from torch import dtype as Dtype
 
-BACKENDS: tuple[str, ...] = ("cpp", "torch", "reference")  # in the order `auto` tries them
+BACKENDS: tuple[str, ...] = ("cpp", "triton", "torch", "reference")  # in the order `auto` tries them
 
 
 def load(name: str) -> ModuleType:

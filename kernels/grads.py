@@ -1,0 +1,301 @@
+"""Pass 2: one block of vocabulary rows after another, the logits again, and from them KL and the gradient block G.
+
+Formulas: tiedkl/reference.py; the arithmetic is that of csrc/cpu/row_kernels.cpp. Of what is as long as the vocabulary only
+G (N, B) in the input dtype and the similarity block S (distinct targets, B) in float32 are ever in memory, B chosen so that
+both stay in the L2 cache until the matrix products with h and w have read them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiedkl.problem import Problem
+
+from .exponential import exp, expm1
+from .launch import Targets, launch
+from .stats import FLOOR
+from .tile import at_least, finish_logits, product_tile
+
+LOWEST_X = tl.constexpr(-80.0)  # expm1 is -1 to rounding below
+
+
+@triton.jit(do_not_specialize=["v0", "v1"])
+def similarity_kernel(
+    t,  # (V, D)
+    ids,  # (capacity,) int64 distinct targets
+    count,  # () int64
+    out,  # (capacity, B) float32: t[ids] t[v0:v1]^T
+    v0,
+    v1,
+    D,
+    stride_t,
+    stride_out,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (tiles of distinct targets, column tiles); programs beyond the device-side count leave at once."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n_ids = tl.load(count)
+    if first >= n_ids:
+        return
+    u = first + tl.arange(0, BLOCK_N)
+    valid = u < n_ids
+    column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = v0 + column
+    col_mask = cols < v1
+    rows = tl.load(ids + u, mask=valid, other=0)
+    s = product_tile(t, rows, valid, stride_t, t, cols, col_mask, stride_t, D, BLOCK_D, EVEN_D, PRECISION)
+    tl.store(out + u[:, None] * stride_out + column[None, :], s, mask=valid[:, None] & col_mask[None, :])
+
+
+@triton.jit
+def compare(z, s, q, top, tops, offset, offset_low, inv_total_t, inv_t):
+    """(log r - log q, r - q, q (expm1(x) - x)) with x = log r - log q = ((z - s) - (max z - max s))/tau + offset.
+
+    The small difference first: the roundings of the dominant column cancel, however large it is.
+    """
+    x = (((z - s) - tops[:, None]) * inv_t + offset[:, None]) + offset_low[:, None]
+    near = x < 1.0
+    bounded = tl.where(x < LOWEST_X, LOWEST_X, tl.where(near, x, 1.0))
+    value, excess = expm1(bounded)
+    # q expm1(x) would give r the rounding of x where r exceeds q, and overflow beyond: r itself there.
+    r = exp(at_least((z - top[:, None]) * inv_t, FLOOR)) * inv_total_t[:, None]
+    r_minus_q = tl.where(near, q * value, r - q)
+    q_x = tl.where(q > 0, q * x, 0.0)
+    return x, r_minus_q, tl.where(near, q * (excess + (bounded - x)), r_minus_q - q_x)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right columns of x, without moving anything between threads."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def finish_columns(
+    z, column, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s, stride_grad, inv_t, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr, WRITE: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """What gradient_kernel does with columns `column` of a block, given their products z. Returns their share of KL."""
+    cols = v0 + column
+    col_mask = cols < v1
+    place = n[:, None] * stride_grad + column[None, :]
+    inside = (n < N)[:, None] & col_mask[None, :]
+    step = N.to(tl.int64)
+    rows += n
+    z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
+    top = tl.load(rows, mask=valid, other=0.0)
+    share = top * 0.0
+    if KL:
+        u = tl.load(which + n, mask=valid, other=0)
+        tops = tl.load(rows + 6 * step, mask=valid, other=0.0)
+        offset = tl.load(rows + 7 * step, mask=valid, other=0.0)
+        offset_low = tl.load(rows + 8 * step, mask=valid, other=0.0)
+        inv_total_t = tl.load(rows + 9 * step, mask=valid, other=0.0)
+        ms = tl.load(rows + 10 * step, mask=valid, other=0.0)
+        inv_sum_s = tl.load(rows + 11 * step, mask=valid, other=0.0)
+        seen = valid[:, None] & col_mask[None, :]
+        s_tile = tl.load(s + u[:, None] * stride_s + column[None, :], mask=seen, other=0.0)
+        q = exp(at_least((s_tile - ms[:, None]) * inv_t, FLOOR)) * inv_sum_s[:, None]
+        q = tl.where(seen, q, 0.0)
+        x, r_minus_q, excess = compare(z, s_tile, q, top, tops, offset, offset_low, inv_total_t, inv_t)
+        if SUM_KL:
+            share = tl.sum(tl.where(seen, excess, 0.0), 1)
+        coef_r = tl.load(rows + 5 * step, mask=valid, other=0.0)  # g alpha / tau
+        if TARGET:
+            mean = tl.load(terms + step + n, mask=valid, other=0.0)
+            tl.store(delta + place, coef_r[:, None] * (0.0 - x - mean[:, None]), mask=inside)
+    if WRITE:
+        coef_p = tl.load(rows + step, mask=valid, other=0.0)
+        coef_p_low = tl.load(rows + 2 * step, mask=valid, other=0.0)
+        constant = tl.load(rows + 3 * step, mask=valid, other=0.0)
+        on_target = tl.load(rows + 4 * step, mask=valid, other=0.0)
+        p = exp(at_least(z - top[:, None], FLOOR))
+        out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
+        out = tl.where(cols[None, :] == target[:, None], on_target[:, None], out)
+        if KL:
+            out += r_minus_q * coef_r[:, None]
+        if SOFTCAP:
+            ratio = z / softcap  # exactly 1 where tanh saturates, so that the gradient is exactly 0
+            out *= 1.0 - ratio * ratio
+        out = tl.where(valid[:, None], out, 0.0)
+        tl.store(grad + place, out.to(grad.dtype.element_ty), mask=inside)
+    return share
+
+
+@triton.jit(do_not_specialize=["N", "v0", "v1"])
+def gradient_kernel(
+    h,  # (N, D)
+    w,  # (V, D)
+    bias,  # (V,)
+    y,  # (N,) int64, negative: skipped
+    which,  # (N,) int64 row of `s` that belongs to a token
+    s,  # (capacity, B) float32 similarities of this block
+    rows,  # (12, N) float32 of finish_tokens_kernel
+    kl,  # (column tiles, N) float32 running sums
+    grad,  # (N, B) input dtype, out: G
+    delta,  # (N, B) float32, out: (alpha/tau) g (log q - log r - KL), for the target gradient
+    terms,  # (5, N) float32, of which KL is read for `delta`
+    N,
+    v0,
+    v1,
+    D,
+    stride_h,
+    stride_w,
+    stride_s,
+    stride_grad,
+    inv_t,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KL: tl.constexpr,
+    SUM_KL: tl.constexpr,  # add this block's share to `kl`
+    WRITE: tl.constexpr,  # G
+    TARGET: tl.constexpr,  # delta
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (token tiles, column tiles): neighbours share the rows of w."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1).to(tl.int64) * BLOCK_V
+    target = tl.load(y + n, mask=n < N, other=-1)
+    valid = target >= 0
+    column = first + tl.arange(0, BLOCK_V)
+    cols = v0 + column
+    if tl.max(valid.to(tl.int32), 0) == 0:
+        if WRITE:
+            zeros = tl.zeros((BLOCK_N, BLOCK_V), grad.dtype.element_ty)
+            tl.store(
+                grad + n[:, None] * stride_grad + column[None, :], zeros, mask=(n < N)[:, None] & (cols < v1)[None, :]
+            )
+        return
+    z = product_tile(h, n, valid, stride_h, w, cols, cols < v1, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
+    # A quarter of the columns at a time: all at once, logits, similarities and both distributions exceed the registers.
+    left, right = halves(z)
+    part = first + tl.arange(0, BLOCK_V // 4)
+    z0, z1 = halves(left)
+    share = finish_columns(
+        z0, part, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s, stride_grad, inv_t,
+        softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+    )  # fmt: skip
+    share += finish_columns(
+        z1, part + BLOCK_V // 4, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s,
+        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+    )  # fmt: skip
+    z2, z3 = halves(right)
+    share += finish_columns(
+        z2, part + BLOCK_V // 2, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s,
+        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+    )  # fmt: skip
+    share += finish_columns(
+        z3, part + BLOCK_V // 4 * 3, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s,
+        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+    )  # fmt: skip
+    if SUM_KL:
+        kl += tl.program_id(1).to(tl.int64) * N + n
+        tl.store(kl, tl.load(kl, mask=valid, other=0.0) + share, mask=valid)
+
+
+@triton.jit(do_not_specialize=["capacity", "columns"])
+def target_gradient_kernel(
+    delta,  # (N, B) float32 of gradient_kernel
+    order,  # (N,) int64 tokens sorted by target, skipped ones last
+    start,  # (capacity + 1,) int64 first place in `order` of each distinct target
+    s,  # (capacity, B) float32
+    targets,  # (2, capacity) float64 of finish_targets_kernel
+    count,  # () int64
+    out,  # (capacity, B) input dtype: T_u = (alpha/tau) q_u sum_n g_n (delta_n - KL_n)
+    capacity,
+    columns,
+    stride,
+    inv_t,
+    BLOCK_V: tl.constexpr,
+):
+    """Grid (capacity, column tiles): the tokens of one target are added up in their order."""
+    u = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = column < columns
+    place = u * stride + column
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    if u < tl.load(count):
+        for i in range(tl.load(start + u), tl.load(start + u + 1)):
+            total += tl.load(delta + tl.load(order + i) * stride + column, mask=mask, other=0.0)
+        ms = tl.load(targets + u).to(tl.float32)
+        inv_sum = (1.0 / tl.load(targets + capacity + u)).to(tl.float32)
+        s_row = tl.load(s + place, mask=mask, other=0.0)
+        q = exp(at_least((s_row - ms) * inv_t, FLOOR)) * inv_sum
+        total = tl.where(q > 0, q * total, 0.0)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> None:
+    """t[ids] t[columns]^T of the distinct targets into `out` (capacity, B) float32."""
+    tile, constants = launch(t, gradient_pass=True)
+    grid = (triton.cdiv(targets.capacity, tile.rows), triton.cdiv(columns.stop - columns.start, tile.cols))
+    similarity_kernel[grid](
+        t,
+        targets.ids,
+        targets.count,
+        out,
+        columns.start,
+        columns.stop,
+        t.shape[1],
+        t.stride(0),
+        out.stride(0),
+        **constants,
+    )
+
+
+def column_tiles(h: Tensor, columns: int) -> int:
+    """Slots of running KL sums that blocks of `columns` need."""
+    return triton.cdiv(columns, launch(h, gradient_pass=True).tile.cols)
+
+
+def gradient_block(
+    p: Problem, rows: Tensor, which: Tensor, s: Tensor | None, columns: slice, inv_t: float, *,
+    kl: Tensor | None, grad: Tensor | None, delta: Tensor | None, terms: Tensor,
+) -> None:  # fmt: skip
+    """Add one block's share of KL to `kl` (slots, N), write G over `grad` (N, B) and g (delta - KL) over `delta` (N, B);
+    what is None is not wanted."""
+    tile, constants = launch(p.h, gradient_pass=True)
+    grid = (triton.cdiv(len(p.h), tile.rows), triton.cdiv(columns.stop - columns.start, tile.cols))
+    some = rows  # in the place of what is not there
+    block = next(x for x in (grad, delta, s, some) if x is not None)
+    gradient_kernel[grid](
+        p.h, p.w, p.w if p.b is None else p.b, p.y, which, some if s is None else s, rows, some if kl is None else kl,
+        some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, columns.stop,
+        p.h.shape[1], p.h.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t, p.options.softcap,
+        HAS_BIAS=p.b is not None, SOFTCAP=p.options.softcap != 0, KL=s is not None, SUM_KL=kl is not None,
+        WRITE=grad is not None, TARGET=delta is not None, **constants,
+    )  # fmt: skip
+
+
+def target_gradient(
+    delta: Tensor, order: Tensor, start: Tensor, s: Tensor, target_sums: Tensor, targets: Targets, columns: int, inv_t: float,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """T_u of every distinct target into `out` (capacity, B); order (N,) sorts the tokens, start (capacity + 1,) cuts them."""
+    block = 128
+    target_gradient_kernel[(targets.capacity, triton.cdiv(columns, block))](
+        delta,
+        order,
+        start,
+        s,
+        target_sums,
+        targets.count,
+        out,
+        targets.capacity,
+        columns,
+        out.stride(0),
+        inv_t,
+        BLOCK_V=block,
+    )

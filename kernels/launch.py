@@ -1,0 +1,84 @@
+"""What a kernel launch needs beyond its tensors: the architecture, tiles, grids, and the device-side list of targets."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import Tile, tiles
+from .tile import INTERPRETED
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and the like, "interpreter", or "unknown" """
+    if INTERPRETED:
+        return "interpreter"
+    if device.type != "cuda" or torch.version.hip:
+        return "unknown"
+    major, minor = torch.cuda.get_device_capability(device)
+    exact = f"sm_{major}{minor}"
+    return {"sm_86": "sm_80", "sm_89": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100"}.get(exact, exact)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; a few for the interpreter, so that the vocabulary is split there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+class Launch(NamedTuple):
+    """Tile and grid of a product kernel."""
+
+    tile: Tile
+    constants: dict[str, Any]  # constexpr arguments that follow from the tile
+
+
+def launch(x: Tensor, gradient_pass: bool) -> Launch:
+    """For products of x (rows, D) with rows of a matrix of the same width and dtype."""
+    tile = tiles(architecture(x.device), x.element_size())[gradient_pass]
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return Launch(
+        tile,
+        {
+            "BLOCK_N": tile.rows,
+            "BLOCK_V": tile.cols,
+            "BLOCK_D": tile.depth,
+            "EVEN_D": x.shape[1] % tile.depth == 0,
+            "PRECISION": "tf32" if x.dtype == torch.float32 and tf32 else "ieee",
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
+    )
+
+
+def splits(row_tiles: int, vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
+    """(number of splits of the vocabulary, rows per split): some four programs per multiprocessor, in whole tiles."""
+    wanted = max(1, triton.cdiv(4 * processors(device), row_tiles))
+    share = triton.cdiv(triton.cdiv(vocab, min(wanted, triton.cdiv(vocab, tile.cols))), tile.cols) * tile.cols
+    return triton.cdiv(vocab, share), share
+
+
+class Targets(NamedTuple):
+    """The distinct targets of some tokens. Their number stays on the device: nothing waits for it."""
+
+    ids: Tensor  # (capacity,) int64, `count` of them meant, the rest zero
+    count: Tensor  # () int64
+    which: Tensor  # (N,) int64 place of each token's target in `ids`; of no meaning for skipped tokens
+    capacity: int
+
+
+def distinct(y: Tensor, vocab: int) -> Targets:
+    """The distinct non-negative values of y (N,) int64, in increasing order."""
+    capacity = min(len(y), vocab)
+    slot = torch.where(y >= 0, y, vocab)
+    seen = torch.zeros(vocab + 1, dtype=torch.int32, device=y.device).index_fill_(0, slot, 1)
+    rank = seen.cumsum(0)  # int64
+    which = (rank[slot] - 1).clamp_(min=0)
+    ids = torch.zeros(capacity + 1, dtype=torch.int64, device=y.device)
+    ids.scatter_(0, torch.where(y >= 0, which, capacity), y)  # equal targets write equal values
+    return Targets(ids[:capacity], rank[vocab - 1], which, capacity)

@@ -1,0 +1,301 @@
+"""Pass 1: the softmax statistics of every row, in memory of O(rows).
+
+Formulas: tiedkl/reference.py; the arithmetic is that of csrc/row_math.h. Each program walks a share of the vocabulary with
+running sums relative to a running maximum; the shares are merged in float64 by a second small kernel, in a fixed order, so
+there are no atomics and reruns give the same bits.
+
+    tokens    m = max over v != y,  sum e^(z-m),  sum e^((z-m)/tau),  sum e^(z-m) (z-m),  sum z,  z_y
+    targets   m = max,  sum e^((s-m)/tau)                                             s = t[u] t^T, not yet divided by tau
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiedkl.problem import Problem
+
+from .config import SMALL_ROWS
+from .exponential import exp
+from .launch import Targets, launch, splits
+from .tile import at_least, finish_logits, product_tile
+
+LOWEST = tl.constexpr(-3.0e38)
+FLOOR = tl.constexpr(-87.0)  # smallest exponent of `exp`; below it a probability counts as e^-87
+TOKEN_SUMS = 6
+TARGET_SUMS = 2
+ROW_VALUES = 12  # what pass 2 needs of a token; written by finish_tokens_kernel, read by kernels/grads.py
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def token_stats_kernel(
+    h,  # (N, D)
+    w,  # (V, D)
+    bias,  # (V,)
+    y,  # (N,) int64, negative: skipped
+    out,  # (6, splits, N) float32
+    N,
+    V,
+    D,
+    stride_h,
+    stride_w,
+    inv_t,
+    softcap,
+    share,  # vocabulary rows per split
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (token tiles, splits): neighbours share the rows of w."""
+    split = tl.program_id(1)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(y + n, mask=n < N, other=-1)
+    valid = target >= 0
+    if tl.max(valid.to(tl.int32), 0) == 0:
+        return
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total, total_t, weighted, plain, zy = m * 0.0, m * 0.0, m * 0.0, m * 0.0, m * 0.0
+    begin = split.to(tl.int64) * share
+    end = tl.minimum(begin + share, V)
+    for v in range(begin, end, BLOCK_V):
+        cols = v + tl.arange(0, BLOCK_V)
+        col_mask = cols < end
+        z = product_tile(h, n, valid, stride_h, w, cols, col_mask, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
+        z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
+        is_target = cols[None, :] == target[:, None]
+        zy += tl.sum(tl.where(is_target, z, 0.0), 1)
+        if SMOOTHING:
+            plain += tl.sum(tl.where(col_mask[None, :], z, 0.0), 1)
+        others = col_mask[None, :] & (cols[None, :] != target[:, None])
+        top = tl.maximum(m, tl.max(tl.where(others, z, LOWEST), 1))
+        shift = at_least(m - top, FLOOR)
+        d = at_least(z - top[:, None], FLOOR)
+        scale, e = exp(shift), tl.where(others, exp(d), 0.0)
+        weighted = scale * (weighted + shift * total) + tl.sum(e * tl.where(others, d, 0.0), 1)
+        total = scale * total + tl.sum(e, 1)
+        if KL:
+            e_t = tl.where(others, exp(at_least((z - top[:, None]) * inv_t, FLOOR)), 0.0)
+            total_t = exp(at_least((m - top) * inv_t, FLOOR)) * total_t + tl.sum(e_t, 1)
+        m = top
+    out += split.to(tl.int64) * N + n
+    step = tl.num_programs(1).to(tl.int64) * N
+    tl.store(out, m, mask=valid)
+    tl.store(out + step, total, mask=valid)
+    tl.store(out + 2 * step, total_t, mask=valid)
+    tl.store(out + 3 * step, weighted, mask=valid)
+    if SMOOTHING:
+        tl.store(out + 4 * step, plain, mask=valid)
+    tl.store(out + 5 * step, zy, mask=valid)
+
+
+@triton.jit(do_not_specialize=["capacity", "share"])
+def target_stats_kernel(
+    t,  # (V, D)
+    ids,  # (capacity,) int64 distinct targets, the first `count` of which are meant
+    count,  # () int64
+    out,  # (2, splits, capacity) float32
+    capacity,
+    V,
+    D,
+    stride_t,
+    inv_t,
+    share,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (tiles of distinct targets, splits); programs beyond the device-side count leave at once."""
+    split = tl.program_id(1)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n_ids = tl.load(count)
+    if first >= n_ids:
+        return
+    u = first + tl.arange(0, BLOCK_N)
+    valid = u < n_ids
+    rows = tl.load(ids + u, mask=valid, other=0)
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = m * 0.0
+    begin = split.to(tl.int64) * share
+    end = tl.minimum(begin + share, V)
+    for v in range(begin, end, BLOCK_V):
+        cols = v + tl.arange(0, BLOCK_V)
+        col_mask = cols < end
+        s = product_tile(t, rows, valid, stride_t, t, cols, col_mask, stride_t, D, BLOCK_D, EVEN_D, PRECISION)
+        top = tl.maximum(m, tl.max(tl.where(col_mask[None, :], s, LOWEST), 1))
+        e = tl.where(col_mask[None, :], exp(at_least((s - top[:, None]) * inv_t, FLOOR)), 0.0)
+        total = exp(at_least((m - top) * inv_t, FLOOR)) * total + tl.sum(e, 1)
+        m = top
+    out += split.to(tl.int64) * capacity + u
+    tl.store(out, m, mask=valid)
+    tl.store(out + tl.num_programs(1).to(tl.int64) * capacity, total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["capacity", "n_splits"])
+def finish_targets_kernel(
+    sums,  # (2, splits, capacity) float32
+    count,  # () int64
+    out,  # (2, capacity) float64: m, sum e^((s-m)/tau)
+    capacity,
+    n_splits,
+    inv_t,
+    BLOCK_N: tl.constexpr,
+):
+    """Merges the splits, in float64."""
+    u = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = u < tl.load(count)
+    step = n_splits.to(tl.int64) * capacity
+    m = tl.load(sums + u, mask=valid, other=0.0).to(tl.float64)
+    for i in range(1, n_splits):
+        m = tl.maximum(m, tl.load(sums + i * capacity + u, mask=valid, other=0.0).to(tl.float64))
+    total = m * 0.0
+    for i in range(n_splits):
+        part = sums + i * capacity + u
+        shift = tl.load(part, mask=valid, other=0.0).to(tl.float64) - m
+        total += tl.exp(shift * inv_t) * tl.load(part + step, mask=valid, other=1.0).to(tl.float64)
+    tl.store(out + u, m, mask=valid)
+    tl.store(out + capacity + u, total, mask=valid)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) in float64 for x >= 0."""
+    return tl.where(x < 1e-5, x - 0.5 * x * x, tl.log(1.0 + x))
+
+
+@triton.jit(do_not_specialize=["N", "V", "capacity", "n_splits"])
+def finish_tokens_kernel(
+    sums,  # (6, splits, N) float32
+    y,  # (N,) int64
+    which,  # (N,) int64 place of a token's target among the distinct ones
+    targets,  # (2, capacity) float64 of finish_targets_kernel
+    g,  # (N,) float32 upstream weights
+    terms,  # (5, N) float32: CE, KL, lse, entropy, correct; KL is left alone
+    rows,  # (12, N) float32, see the stores
+    N,
+    V,
+    capacity,
+    n_splits,
+    inv_t,
+    alpha,
+    smoothing,
+    z_loss,
+    KL: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Closes the sums over each row, as finish_token in csrc/row_math.h; all of it in float64."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = tl.load(y + n, mask=n < N, other=-1) >= 0
+    step = n_splits.to(tl.int64) * N
+    m = tl.load(sums + n, mask=valid, other=0.0).to(tl.float64)
+    for i in range(1, n_splits):
+        m = tl.maximum(m, tl.load(sums + i * N + n, mask=valid, other=0.0).to(tl.float64))
+    others, others_t, weighted, plain, zy = m * 0.0, m * 0.0, m * 0.0, m * 0.0, m * 0.0
+    for i in range(n_splits):
+        part = sums + i * N + n
+        shift = tl.load(part, mask=valid, other=0.0).to(tl.float64) - m
+        scale = tl.exp(shift)
+        share = tl.load(part + step, mask=valid, other=0.0).to(tl.float64)
+        others += scale * share
+        others_t += tl.exp(shift * inv_t) * tl.load(part + 2 * step, mask=valid, other=0.0).to(tl.float64)
+        share_weighted = tl.load(part + 3 * step, mask=valid, other=0.0).to(tl.float64) + shift * share
+        weighted += tl.where(scale > 0, scale * share_weighted, 0.0)
+        if SMOOTHING:
+            plain += tl.load(part + 4 * step, mask=valid, other=0.0).to(tl.float64)
+        zy += tl.load(part + 5 * step, mask=valid, other=0.0).to(tl.float64)
+
+    # Take the target's column in.
+    correct = zy >= m
+    top = tl.where(correct, zy, m)
+    shift = m - top
+    scale = tl.exp(shift)
+    weighted = tl.where(scale > 0, scale * (weighted + shift * others), 0.0)
+    others = scale * others
+    at_y = tl.exp(zy - top)
+    total = others + at_y
+    log_total = tl.where(correct, log1p(others), tl.log(total))
+    lse = top + log_total
+    not_y = others / total
+    ce = (1.0 - smoothing) * ((top - zy) + log_total) + z_loss * lse * lse
+    if SMOOTHING:
+        ce += smoothing * (lse - plain / V)
+    expected = weighted + tl.where(at_y > 0, at_y * (zy - top), 0.0)
+    tl.store(terms + n, ce.to(tl.float32), mask=valid)
+    tl.store(terms + 2 * N.to(tl.int64) + n, lse.to(tl.float32), mask=valid)
+    tl.store(terms + 3 * N.to(tl.int64) + n, (log_total - expected / total).to(tl.float32), mask=valid)
+    tl.store(terms + 4 * N.to(tl.int64) + n, correct.to(tl.float32), mask=valid)
+
+    # For pass 2. A coefficient's rounding would be common to its row and add up in the products with w: two floats each.
+    weight = tl.load(g + n, mask=valid, other=0.0).to(tl.float64)
+    rows += n
+    coef_p = weight * (1.0 + 2.0 * z_loss * lse) / total
+    high = coef_p.to(tl.float32)
+    on_target = (smoothing - not_y) + 2.0 * z_loss * lse * (1.0 - not_y) - smoothing / V
+    tl.store(rows, top.to(tl.float32), mask=valid)
+    tl.store(rows + N, high, mask=valid)
+    tl.store(rows + 2 * N.to(tl.int64), (coef_p - high.to(tl.float64)).to(tl.float32), mask=valid)
+    tl.store(rows + 3 * N.to(tl.int64), (weight * smoothing / V).to(tl.float32), mask=valid)
+    tl.store(rows + 4 * N.to(tl.int64), (weight * on_target).to(tl.float32), mask=valid)
+    if KL:
+        u = tl.load(which + n, mask=valid, other=0)
+        ms = tl.load(targets + u, mask=valid, other=0.0)
+        sum_s = tl.load(targets + capacity + u, mask=valid, other=1.0)
+        total_t = tl.exp(shift * inv_t) * others_t + tl.exp((zy - top) * inv_t)
+        offset = tl.log(sum_s) - tl.log(total_t)
+        high = offset.to(tl.float32)
+        tl.store(rows + 5 * N.to(tl.int64), (weight * alpha * inv_t).to(tl.float32), mask=valid)
+        tl.store(rows + 6 * N.to(tl.int64), (top - ms).to(tl.float32), mask=valid)
+        tl.store(rows + 7 * N.to(tl.int64), high, mask=valid)
+        tl.store(rows + 8 * N.to(tl.int64), (offset - high.to(tl.float64)).to(tl.float32), mask=valid)
+        tl.store(rows + 9 * N.to(tl.int64), (1.0 / total_t).to(tl.float32), mask=valid)
+        tl.store(rows + 10 * N.to(tl.int64), ms.to(tl.float32), mask=valid)
+        tl.store(rows + 11 * N.to(tl.int64), (1.0 / sum_s).to(tl.float32), mask=valid)
+
+
+def target_stats(t: Tensor, targets: Targets, inv_t: float) -> Tensor:
+    """(2, capacity) float64: maximum and sum of the similarity rows t[ids] t^T, t (V, D)."""
+    tile, constants = launch(t, gradient_pass=False)
+    row_tiles = triton.cdiv(targets.capacity, tile.rows)
+    n_splits, share = splits(row_tiles, len(t), tile, t.device)
+    sums = t.new_empty(TARGET_SUMS, n_splits, targets.capacity, dtype=torch.float32)
+    out = t.new_empty(TARGET_SUMS, targets.capacity, dtype=torch.float64)
+    target_stats_kernel[(row_tiles, n_splits)](
+        t, targets.ids, targets.count, sums, targets.capacity, *t.shape, t.stride(0), inv_t, share, **constants
+    )
+    finish_targets_kernel[(triton.cdiv(targets.capacity, SMALL_ROWS),)](
+        sums, targets.count, out, targets.capacity, n_splits, inv_t, BLOCK_N=SMALL_ROWS
+    )
+    return out
+
+
+def token_stats(
+    p: Problem, g: Tensor, targets: Targets, target_sums: Tensor | None, inv_t: float
+) -> tuple[Tensor, Tensor]:
+    """Terms (5, N) with KL left at zero, and `rows` (12, N) for pass 2, both float32; g (N,) float32 upstream weights."""
+    o, (n, d), v = p.options, p.h.shape, len(p.w)
+    tile, constants = launch(p.h, gradient_pass=False)
+    row_tiles = triton.cdiv(n, tile.rows)
+    n_splits, share = splits(row_tiles, v, tile, p.h.device)
+    sums = p.h.new_empty(TOKEN_SUMS, n_splits, n, dtype=torch.float32)
+    terms = p.h.new_zeros(5, n, dtype=torch.float32)
+    rows = p.h.new_empty(ROW_VALUES, n, dtype=torch.float32)
+    kl = target_sums is not None
+    token_stats_kernel[(row_tiles, n_splits)](
+        p.h, p.w, p.w if p.b is None else p.b, p.y, sums, n, v, d, p.h.stride(0), p.w.stride(0), inv_t, o.softcap, share,
+        HAS_BIAS=p.b is not None, SOFTCAP=o.softcap != 0, SMOOTHING=o.label_smoothing != 0, KL=kl, **constants,
+    )  # fmt: skip
+    finish_tokens_kernel[(triton.cdiv(n, SMALL_ROWS),)](
+        sums, p.y, targets.which, sums if target_sums is None else target_sums, g, terms, rows, n, v, targets.capacity,
+        n_splits, inv_t, o.alpha, o.label_smoothing, o.z_loss, KL=kl, SMOOTHING=o.label_smoothing != 0, BLOCK_N=SMALL_ROWS,
+    )  # fmt: skip
+    return terms, rows

@@ -1,0 +1,214 @@
+"""The fused Triton kernels (kernels/): logits exist only as tiles, and nothing of vocabulary size is in memory.
+
+Two passes over the vocabulary (docs/design.md, "Strategies"): statistics of the rows, then blocks of B vocabulary rows, each with its
+logits computed again: the gradient block G (C, B) in the input dtype, d_h += G w and d_w = G^T h. Reference:
+tiedkl/reference.py. Nothing waits for the device, and there are no atomics: reruns give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import grads, launch, stats
+from ..plan import Plan, Tuning
+from ..problem import Grads, Needs, Problem, Terms
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Not measured on a GPU yet. G in the input dtype; every token may have a target of its own.
+FULL = Tuning(
+    z_buffers=1,
+    s_buffers=1,
+    row_buffers=0,
+    token_block=0,
+    min_token_block=1,
+    min_vocab_block=512,
+    panel=1 << 62,
+    targets_per_token=1.0,
+    widened=0,
+    delta_buffers=2,
+)
+HALF = replace(FULL, z_buffers=0.5, delta_buffers=1.5)
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None on GPUs with triton, and on CPU tensors under TRITON_INTERPRET=1."""
+    if _missing():
+        return _missing()
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not supported: tensor cores multiply float32, bfloat16 and float16"
+    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")):
+        return None
+    return f"it runs on a GPU, or in Triton's interpreter under TRITON_INTERPRET=1; got device {device}"
+
+
+def tuning(dtype: torch.dtype) -> Tuning:
+    """Blocks in units of the accumulation dtype."""
+    return FULL if dtype == torch.float32 else HALF
+
+
+def forward(problem: Problem, plan: Plan) -> Terms:
+    """Per-token terms in 2 + 2 rho GEMMs (1 without KL)."""
+    return _walk(problem, plan, None, Needs())[0]
+
+
+def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
+    """Per-token terms and gradients in 4 + 2 rho GEMMs."""
+    return _walk(problem, plan, g, needs)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with the elements of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms, Grads]:
+    inputs = replace(
+        p,
+        h=_rows(p.h),
+        w=_rows(p.w),
+        y=p.y.contiguous(),
+        b=None if p.b is None else p.b.contiguous(),
+        t=None if p.t is None else _rows(p.t),
+    )
+    device = torch.cuda.device(p.h.device) if p.h.device.type == "cuda" else contextlib.nullcontext()
+    with device:
+        return _Walk(inputs, plan, g, needs).run()
+
+
+def _multiply(out: Tensor, x: Tensor, y: Tensor, add: bool) -> None:
+    """out = x y (+ out), float32 from operands of any dtype."""
+    if x.dtype == torch.float32:
+        torch.addmm(out, x, y, beta=float(add), out=out)
+    elif x.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, x, y, torch.float32, beta=float(add), out=out)
+    else:  # the interpreter
+        torch.addmm(out, x.float(), y.float(), beta=float(add), out=out)
+
+
+class _Walk:
+    def __init__(self, p: Problem, plan: Plan, g: Tensor | None, needs: Needs):
+        self.p, self.plan, self.needs, self.o = p, plan, needs, p.options
+        self.inv_t = 1.0 / p.options.temperature
+        self.kl = bool(p.options.alpha)
+        self.target_grad = g is not None and self.kl and p.options.target_grad and (needs.w if p.t is None else needs.t)
+        self.grad = g is not None
+        self.g = torch.zeros_like(p.y, dtype=torch.float32) if g is None else g
+        self.scale: Tensor | None = None
+        if g is not None and p.h.dtype == torch.float16 and len(g):  # G in float16 must not underflow
+            largest = g.abs().amax()
+            self.scale = torch.where(largest > 0, largest, 1.0)
+            self.g = g / self.scale
+        self.terms = p.h.new_zeros(5, len(p.y), dtype=torch.float32)
+        fill = torch.empty if len(p.y) else torch.zeros
+        like = {"h": p.h, "w": p.w, "b": p.b, "t": p.t}
+        self.d = {
+            k: (torch.zeros if k in "ht" else fill)(x.shape, dtype=torch.float32, device=x.device)
+            for k, x in like.items()
+            if x is not None and getattr(needs, k)
+        }
+
+    def run(self) -> tuple[Terms, Grads]:
+        for begin in range(0, len(self.p.y), self.plan.token_block):
+            self.block(slice(begin, begin + self.plan.token_block))
+        if self.scale is not None:
+            for d in self.d.values():
+                d.mul_(self.scale)
+        return Terms(*self.terms.unbind(0)), Grads(*(self.d.get(k) for k in "hwbt"))
+
+    def block(self, tokens: slice) -> None:
+        """Both passes over the vocabulary for some tokens."""
+        p = replace(self.p, h=self.p.h[tokens], y=self.p.y[tokens])
+        n, width = len(p.y), self.plan.vocab_block
+        targets = launch.distinct(p.y, len(p.w))
+        sums = stats.target_stats(p.teacher, targets, self.inv_t) if self.kl else None
+        terms, rows = stats.token_stats(p, self.g[tokens], targets, sums, self.inv_t)
+
+        def buffer(rows: int, dtype: torch.dtype, wanted: bool) -> Tensor | None:
+            return p.h.new_empty(rows, width, dtype=dtype) if wanted else None
+
+        s = buffer(targets.capacity, torch.float32, self.kl)
+        grad = buffer(n, p.h.dtype, self.grad)
+        delta = buffer(n, torch.float32, self.target_grad)
+        kl = p.h.new_zeros(grads.column_tiles(p.h, width), n, dtype=torch.float32) if self.kl else None
+        # The target gradient needs each token's KL before its first column, as does a loss without gradient.
+        if self.kl and (not self.grad or self.target_grad):
+            for columns in self.columns():
+                grads.similarities(p.teacher, targets, columns, s)
+                grads.gradient_block(
+                    p, rows, targets.which, s, columns, self.inv_t, kl=kl, grad=None, delta=None, terms=terms
+                )
+            terms[1], kl = kl.sum(0), None
+        if self.grad:
+            through = _ThroughTargets(self, p, targets) if self.target_grad else None
+            for columns in self.columns():
+                if s is not None:
+                    grads.similarities(p.teacher, targets, columns, s)
+                grads.gradient_block(
+                    p, rows, targets.which, s, columns, self.inv_t, kl=kl, grad=grad, delta=delta, terms=terms
+                )
+                self.products(grad[:, : columns.stop - columns.start], p.h, tokens, columns)
+                if through:
+                    through.block(delta, s, sums, columns)
+            if through:
+                through.finish()
+        if kl is not None:
+            terms[1] = kl.sum(0)
+        self.terms[:, tokens] = terms
+
+    def columns(self) -> Iterator[slice]:
+        v = len(self.p.w)
+        for begin in range(0, v, self.plan.vocab_block):
+            yield slice(begin, min(begin + self.plan.vocab_block, v))
+
+    def products(self, grad: Tensor, h: Tensor, tokens: slice, columns: slice) -> None:
+        """d_h += G w, d_w += G^T h, d_b += sum G of one block; the first tokens write d_w and d_b."""
+        add = tokens.start > 0
+        if "h" in self.d:
+            _multiply(self.d["h"][tokens], grad, self.p.w[columns], True)
+        if "w" in self.d:
+            _multiply(self.d["w"][columns], grad.T, h, add)
+        if "b" in self.d:
+            share = grad.sum(0, dtype=torch.float32)
+            self.d["b"][columns] = self.d["b"][columns] + share if add else share
+
+
+class _ThroughTargets:
+    """d KL / d s of one token block, through s = t[u] t^T / tau: T_u t into row u of d_t, T_u^T t[u] into all rows."""
+
+    def __init__(self, walk: _Walk, p: Problem, targets: launch.Targets):
+        self.t, self.targets, self.inv_t = p.teacher, targets, walk.inv_t
+        self.d_t = walk.d["w" if p.t is None else "t"]
+        key, self.order = torch.where(p.y >= 0, targets.which, targets.capacity).sort(stable=True)
+        places = torch.arange(targets.capacity + 1, device=key.device)
+        self.start = torch.searchsorted(key, places)
+        self.u = self.t[targets.ids]
+        self.d_u = torch.zeros(self.u.shape, dtype=torch.float32, device=key.device)
+        self.block_t = self.u.new_empty(targets.capacity, walk.plan.vocab_block)
+
+    def block(self, delta: Tensor, s: Tensor, sums: Tensor, columns: slice) -> None:
+        """Add the share of some vocabulary rows, whose delta and s are given."""
+        width = columns.stop - columns.start
+        grads.target_gradient(delta, self.order, self.start, s, sums, self.targets, width, self.inv_t, self.block_t)
+        t_block = self.block_t[:, :width]
+        _multiply(self.d_t[columns], t_block.T, self.u, True)
+        _multiply(self.d_u, t_block, self.t[columns], True)
+
+    def finish(self) -> None:
+        """Add the rows of the targets themselves."""
+        self.d_t.index_add_(0, self.targets.ids, self.d_u)

@@ -1,7 +1,7 @@
 """Tile sizes as data: one row per architecture and width of the input dtype.
 
-`tests/kernels/test_compile.py` compiles every row for its architecture and checks registers, spills and shared memory. None
-of them has been timed yet; the rows are what compiles without spills at the largest tile.
+`tests/kernels/test_compile.py` compiles every row for its architecture and checks registers, spills and shared memory.
+None of them has been timed yet; the rows are what compiles without spills at the largest tile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL_ROWS = 128  # rows per program of the kernels that close the sums
 
 
 def tiles(architecture: str, element_size: int) -> tuple[Tile, Tile]:
-    """Tiles of the statistics pass and of the gradient pass; "interpreter" and unknown architectures have one for both."""
+    """Tiles of the statistics pass and of the gradient pass; the interpreter and unknown architectures have one."""
     if architecture == "interpreter":
         return INTERPRETER, INTERPRETER
     return TILES.get((architecture, element_size), (SAFE, SAFE))

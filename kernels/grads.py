@@ -1,8 +1,8 @@
 """Pass 2: one block of vocabulary rows after another, the logits again, and from them KL and the gradient block G.
 
-Formulas: tiedkl/reference.py; the arithmetic is that of csrc/cpu/row_kernels.cpp. Of what is as long as the vocabulary only
-G (N, B) in the input dtype and the similarity block S (distinct targets, B) in float32 are ever in memory, B chosen so that
-both stay in the L2 cache until the matrix products with h and w have read them.
+Formulas: tiedkl/reference.py; the arithmetic is that of csrc/cpu/row_kernels.cpp. Of what is as long as the
+vocabulary only G (N, B) in the input dtype and the similarity block S (distinct targets, B) in float32 are ever in
+memory, B chosen so that both stay in the L2 cache until the matrix products with h and w have read them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from tiedkl.problem import Problem
 from .exponential import exp, expm1
 from .launch import Targets, launch
 from .stats import FLOOR
-from .tile import at_least, finish_logits, product_tile
+from .tile import at_least, finish_logits, halves, product_tile
 
+ROW_COLUMNS = 128  # per program of target_gradient_kernel
 LOWEST_X = tl.constexpr(-80.0)  # expm1 is -1 to rounding below
 
 
@@ -71,16 +72,10 @@ def compare(z, s, q, top, tops, offset, offset_low, inv_total_t, inv_t):
 
 
 @triton.jit
-def halves(x):
-    """The left and the right columns of x, without moving anything between threads."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
 def finish_columns(
-    z, column, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s, stride_grad, inv_t, softcap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr, WRITE: tl.constexpr,
-    TARGET: tl.constexpr,
+    z, column, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s, stride_grad, inv_t,
+    softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr,
+    WRITE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """What gradient_kernel does with columns `column` of a block, given their products z. Returns their share of KL."""
     cols = v0 + column
@@ -264,8 +259,10 @@ def gradient_block(
     p: Problem, rows: Tensor, which: Tensor, s: Tensor | None, columns: slice, inv_t: float, *,
     kl: Tensor | None, grad: Tensor | None, delta: Tensor | None, terms: Tensor,
 ) -> None:  # fmt: skip
-    """Add one block's share of KL to `kl` (slots, N), write G over `grad` (N, B) and g (delta - KL) over `delta` (N, B);
-    what is None is not wanted."""
+    """Add one block's share of KL to `kl` (slots, N), write G over `grad` and g (delta - KL) over `delta`, both (N, B).
+
+    What is None is not wanted.
+    """
     tile, constants = launch(p.h, gradient_pass=True)
     grid = (triton.cdiv(len(p.h), tile.rows), triton.cdiv(columns.stop - columns.start, tile.cols))
     some = rows  # in the place of what is not there
@@ -273,19 +270,19 @@ def gradient_block(
     gradient_kernel[grid](
         p.h, p.w, p.w if p.b is None else p.b, p.y, which, some if s is None else s, rows, some if kl is None else kl,
         some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, columns.stop,
-        p.h.shape[1], p.h.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t, p.options.softcap,
-        HAS_BIAS=p.b is not None, SOFTCAP=p.options.softcap != 0, KL=s is not None, SUM_KL=kl is not None,
+        p.h.shape[1], p.h.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t,
+        p.options.softcap, HAS_BIAS=p.b is not None, SOFTCAP=p.options.softcap != 0, KL=s is not None,
+        SUM_KL=kl is not None,
         WRITE=grad is not None, TARGET=delta is not None, **constants,
     )  # fmt: skip
 
 
 def target_gradient(
-    delta: Tensor, order: Tensor, start: Tensor, s: Tensor, target_sums: Tensor, targets: Targets, columns: int, inv_t: float,
-    out: Tensor,
+    delta: Tensor, order: Tensor, start: Tensor, s: Tensor, target_sums: Tensor, targets: Targets, columns: int,
+    inv_t: float, out: Tensor,
 ) -> None:  # fmt: skip
-    """T_u of every distinct target into `out` (capacity, B); order (N,) sorts the tokens, start (capacity + 1,) cuts them."""
-    block = 128
-    target_gradient_kernel[(targets.capacity, triton.cdiv(columns, block))](
+    """T_u of every distinct target into `out` (capacity, B); order (N,) sorts tokens, start (capacity + 1,) cuts it."""
+    target_gradient_kernel[(targets.capacity, triton.cdiv(columns, ROW_COLUMNS))](
         delta,
         order,
         start,
@@ -297,5 +294,5 @@ def target_gradient(
         columns,
         out.stride(0),
         inv_t,
-        BLOCK_V=block,
+        BLOCK_V=ROW_COLUMNS,
     )

@@ -1,4 +1,4 @@
-"""What a kernel launch needs beyond its tensors: the architecture, tiles, grids, and the device-side list of targets."""
+"""What a launch needs beyond its tensors: the architecture, tiles, grids, and the device-side list of targets."""
 
 from __future__ import annotations
 

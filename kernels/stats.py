@@ -1,11 +1,11 @@
 """Pass 1: the softmax statistics of every row, in memory of O(rows).
 
-Formulas: tiedkl/reference.py; the arithmetic is that of csrc/row_math.h. Each program walks a share of the vocabulary with
-running sums relative to a running maximum; the shares are merged in float64 by a second small kernel, in a fixed order, so
-there are no atomics and reruns give the same bits.
+Formulas: tiedkl/reference.py; the arithmetic is that of csrc/row_math.h. Each program walks a share of the vocabulary
+with running sums relative to a running maximum; the shares are merged in float64 by a second small kernel, in a fixed
+order: there are no atomics, and reruns give the same bits.
 
     tokens    m = max over v != y,  sum e^(z-m),  sum e^((z-m)/tau),  sum e^(z-m) (z-m),  sum z,  z_y
-    targets   m = max,  sum e^((s-m)/tau)                                             s = t[u] t^T, not yet divided by tau
+    targets   m = max,  sum e^((s-m)/tau)                                         s = t[u] t^T, not yet divided by tau
 """
 
 from __future__ import annotations
@@ -20,13 +20,37 @@ from tiedkl.problem import Problem
 from .config import SMALL_ROWS
 from .exponential import exp
 from .launch import Targets, launch, splits
-from .tile import at_least, finish_logits, product_tile
+from .tile import at_least, finish_logits, halves, product_tile
 
 LOWEST = tl.constexpr(-3.0e38)
 FLOOR = tl.constexpr(-87.0)  # smallest exponent of `exp`; below it a probability counts as e^-87
 TOKEN_SUMS = 6
 TARGET_SUMS = 2
 ROW_VALUES = 12  # what pass 2 needs of a token; written by finish_tokens_kernel, read by kernels/grads.py
+
+
+@triton.jit
+def add_columns(
+    z, cols, end, target, bias, softcap, inv_t, m, total, total_t, weighted, plain, zy, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
+    """The running sums with columns `cols` taken in, given their products z."""
+    col_mask = cols < end
+    z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
+    zy += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+    if SMOOTHING:
+        plain += tl.sum(tl.where(col_mask[None, :], z, 0.0), 1)
+    others = col_mask[None, :] & (cols[None, :] != target[:, None])
+    top = tl.maximum(m, tl.max(tl.where(others, z, LOWEST), 1))
+    shift = at_least(m - top, FLOOR)
+    d = at_least(z - top[:, None], FLOOR)
+    scale, e = exp(shift), tl.where(others, exp(d), 0.0)
+    weighted = scale * (weighted + shift * total) + tl.sum(e * tl.where(others, d, 0.0), 1)
+    total = scale * total + tl.sum(e, 1)
+    if KL:
+        e_t = tl.where(others, exp(at_least((z - top[:, None]) * inv_t, FLOOR)), 0.0)
+        total_t = exp(at_least((m - top) * inv_t, FLOOR)) * total_t + tl.sum(e_t, 1)
+    return top, total, total_t, weighted, plain, zy
 
 
 @triton.jit(do_not_specialize=["N", "share"])
@@ -69,22 +93,17 @@ def token_stats_kernel(
         cols = v + tl.arange(0, BLOCK_V)
         col_mask = cols < end
         z = product_tile(h, n, valid, stride_h, w, cols, col_mask, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
-        z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
-        is_target = cols[None, :] == target[:, None]
-        zy += tl.sum(tl.where(is_target, z, 0.0), 1)
-        if SMOOTHING:
-            plain += tl.sum(tl.where(col_mask[None, :], z, 0.0), 1)
-        others = col_mask[None, :] & (cols[None, :] != target[:, None])
-        top = tl.maximum(m, tl.max(tl.where(others, z, LOWEST), 1))
-        shift = at_least(m - top, FLOOR)
-        d = at_least(z - top[:, None], FLOOR)
-        scale, e = exp(shift), tl.where(others, exp(d), 0.0)
-        weighted = scale * (weighted + shift * total) + tl.sum(e * tl.where(others, d, 0.0), 1)
-        total = scale * total + tl.sum(e, 1)
-        if KL:
-            e_t = tl.where(others, exp(at_least((z - top[:, None]) * inv_t, FLOOR)), 0.0)
-            total_t = exp(at_least((m - top) * inv_t, FLOOR)) * total_t + tl.sum(e_t, 1)
-        m = top
+        # Half of the columns at a time, or the intermediate values would exceed the registers.
+        left, right = halves(z)
+        part = v + tl.arange(0, BLOCK_V // 2)
+        m, total, total_t, weighted, plain, zy = add_columns(
+            left, part, end, target, bias, softcap, inv_t, m, total, total_t, weighted, plain, zy, HAS_BIAS, SOFTCAP,
+            SMOOTHING, KL,
+        )  # fmt: skip
+        m, total, total_t, weighted, plain, zy = add_columns(
+            right, part + BLOCK_V // 2, end, target, bias, softcap, inv_t, m, total, total_t, weighted, plain, zy,
+            HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+        )  # fmt: skip
     out += split.to(tl.int64) * N + n
     step = tl.num_programs(1).to(tl.int64) * N
     tl.store(out, m, mask=valid)
@@ -235,7 +254,7 @@ def finish_tokens_kernel(
     tl.store(terms + 3 * N.to(tl.int64) + n, (log_total - expected / total).to(tl.float32), mask=valid)
     tl.store(terms + 4 * N.to(tl.int64) + n, correct.to(tl.float32), mask=valid)
 
-    # For pass 2. A coefficient's rounding would be common to its row and add up in the products with w: two floats each.
+    # For pass 2. A coefficient's rounding would be common to its row and add up in the products with w: two floats.
     weight = tl.load(g + n, mask=valid, other=0.0).to(tl.float64)
     rows += n
     coef_p = weight * (1.0 + 2.0 * z_loss * lse) / total
@@ -281,7 +300,7 @@ def target_stats(t: Tensor, targets: Targets, inv_t: float) -> Tensor:
 def token_stats(
     p: Problem, g: Tensor, targets: Targets, target_sums: Tensor | None, inv_t: float
 ) -> tuple[Tensor, Tensor]:
-    """Terms (5, N) with KL left at zero, and `rows` (12, N) for pass 2, both float32; g (N,) float32 upstream weights."""
+    """Terms (5, N) with KL left at zero, and `rows` (12, N) for pass 2, both float32; g (N,) float32 weights."""
     o, (n, d), v = p.options, p.h.shape, len(p.w)
     tile, constants = launch(p.h, gradient_pass=False)
     row_tiles = triton.cdiv(n, tile.rows)
@@ -291,11 +310,12 @@ def token_stats(
     rows = p.h.new_empty(ROW_VALUES, n, dtype=torch.float32)
     kl = target_sums is not None
     token_stats_kernel[(row_tiles, n_splits)](
-        p.h, p.w, p.w if p.b is None else p.b, p.y, sums, n, v, d, p.h.stride(0), p.w.stride(0), inv_t, o.softcap, share,
-        HAS_BIAS=p.b is not None, SOFTCAP=o.softcap != 0, SMOOTHING=o.label_smoothing != 0, KL=kl, **constants,
+        p.h, p.w, p.w if p.b is None else p.b, p.y, sums, n, v, d, p.h.stride(0), p.w.stride(0), inv_t, o.softcap,
+        share, HAS_BIAS=p.b is not None, SOFTCAP=o.softcap != 0, SMOOTHING=o.label_smoothing != 0, KL=kl, **constants,
     )  # fmt: skip
     finish_tokens_kernel[(triton.cdiv(n, SMALL_ROWS),)](
         sums, p.y, targets.which, sums if target_sums is None else target_sums, g, terms, rows, n, v, targets.capacity,
-        n_splits, inv_t, o.alpha, o.label_smoothing, o.z_loss, KL=kl, SMOOTHING=o.label_smoothing != 0, BLOCK_N=SMALL_ROWS,
+        n_splits, inv_t, o.alpha, o.label_smoothing, o.z_loss, KL=kl, SMOOTHING=o.label_smoothing != 0,
+        BLOCK_N=SMALL_ROWS,
     )  # fmt: skip
     return terms, rows

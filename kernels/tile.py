@@ -46,6 +46,12 @@ def product_tile(
 
 
 @triton.jit
+def halves(x):
+    """The left and the right columns of x, without moving anything between threads."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def at_least(x, low):
     """max(x, low), but NaN where x is NaN: a loss made of NaN must not look like a number."""
     return tl.where(x < low, low, x)

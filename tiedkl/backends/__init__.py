@@ -38,6 +38,8 @@ def choose(impl: str, device: Device, dtype: Dtype) -> tuple[str, dict[str, str]
             skipped[name] = f"{chosen} comes first"
             continue
         why = load(name).unsupported(device, dtype)
+        if why is None and name == "triton" and device.type == "cpu":
+            why = "its interpreter is for tests"
         if why is None:
             chosen = name
         else:

@@ -1,24 +1,30 @@
 """The fused Triton kernels (kernels/): logits exist only as tiles, and nothing of vocabulary size is in memory.
 
-Two passes over the vocabulary (docs/design.md, "Strategies"): statistics of the rows, then blocks of B vocabulary rows, each with its
-logits computed again: the gradient block G (C, B) in the input dtype, d_h += G w and d_w = G^T h. Reference:
-tiedkl/reference.py. Nothing waits for the device, and there are no atomics: reruns give the same bits.
+Two passes over the vocabulary (docs/design.md, "Strategies"): statistics of the rows, then blocks of B vocabulary rows,
+each with its logits computed again: the gradient block G (C, B) in the input dtype, d_h += G w and d_w = G^T h.
+Reference: tiedkl/reference.py. Nothing waits for the device, and there are no atomics: reruns give the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import grads, launch, stats
 from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
+
+try:
+    from ..kernels import grads, launch, stats
+except ImportError as error:
+    MISSING: str | None = f"triton cannot be imported ({error})"
+else:
+    MISSING = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Not measured on a GPU yet. G in the input dtype; every token may have a target of its own.
@@ -37,19 +43,10 @@ FULL = Tuning(
 HALF = replace(FULL, z_buffers=0.5, delta_buffers=1.5)
 
 
-@functools.cache
-def _missing() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
-
-
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """None on GPUs with triton, and on CPU tensors under TRITON_INTERPRET=1."""
-    if _missing():
-        return _missing()
+    if MISSING:
+        return MISSING
     if dtype not in DTYPES:
         return f"dtype {dtype} is not supported: tensor cores multiply float32, bfloat16 and float16"
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")):
@@ -134,41 +131,42 @@ class _Walk:
     def block(self, tokens: slice) -> None:
         """Both passes over the vocabulary for some tokens."""
         p = replace(self.p, h=self.p.h[tokens], y=self.p.y[tokens])
-        n, width = len(p.y), self.plan.vocab_block
         targets = launch.distinct(p.y, len(p.w))
         sums = stats.target_stats(p.teacher, targets, self.inv_t) if self.kl else None
         terms, rows = stats.token_stats(p, self.g[tokens], targets, sums, self.inv_t)
 
-        def buffer(rows: int, dtype: torch.dtype, wanted: bool) -> Tensor | None:
-            return p.h.new_empty(rows, width, dtype=dtype) if wanted else None
+        def buffer(rows: int, dtype: torch.dtype, wanted: bool) -> Any:
+            return p.h.new_empty(rows, self.plan.vocab_block, dtype=dtype) if wanted else None
 
         s = buffer(targets.capacity, torch.float32, self.kl)
-        grad = buffer(n, p.h.dtype, self.grad)
-        delta = buffer(n, torch.float32, self.target_grad)
-        kl = p.h.new_zeros(grads.column_tiles(p.h, width), n, dtype=torch.float32) if self.kl else None
-        # The target gradient needs each token's KL before its first column, as does a loss without gradient.
-        if self.kl and (not self.grad or self.target_grad):
-            for columns in self.columns():
+        grad = buffer(len(p.y), p.h.dtype, self.grad)
+        delta = buffer(len(p.y), torch.float32, self.target_grad)
+        slots = grads.column_tiles(p.h, self.plan.vocab_block)
+        kl = p.h.new_zeros(slots, len(p.y), dtype=torch.float32) if self.kl else None
+
+        def evaluate(columns: slice, kl: Tensor | None, grad: Tensor | None, delta: Tensor | None) -> None:
+            if self.kl:
                 grads.similarities(p.teacher, targets, columns, s)
-                grads.gradient_block(
-                    p, rows, targets.which, s, columns, self.inv_t, kl=kl, grad=None, delta=None, terms=terms
-                )
-            terms[1], kl = kl.sum(0), None
+            which = targets.which
+            grads.gradient_block(p, rows, which, s, columns, self.inv_t, kl=kl, grad=grad, delta=delta, terms=terms)
+
+        # The target gradient needs each token's KL before its first column, as does a loss without gradient.
+        divergence_first = self.target_grad or not self.grad
+        if divergence_first and kl is not None:
+            for columns in self.columns():
+                evaluate(columns, kl, None, None)
+            terms[1] = kl.sum(0)
         if self.grad:
             through = _ThroughTargets(self, p, targets) if self.target_grad else None
             for columns in self.columns():
-                if s is not None:
-                    grads.similarities(p.teacher, targets, columns, s)
-                grads.gradient_block(
-                    p, rows, targets.which, s, columns, self.inv_t, kl=kl, grad=grad, delta=delta, terms=terms
-                )
+                evaluate(columns, None if divergence_first else kl, grad, delta)
                 self.products(grad[:, : columns.stop - columns.start], p.h, tokens, columns)
                 if through:
                     through.block(delta, s, sums, columns)
             if through:
                 through.finish()
-        if kl is not None:
-            terms[1] = kl.sum(0)
+            if kl is not None and not divergence_first:
+                terms[1] = kl.sum(0)
         self.terms[:, tokens] = terms
 
     def columns(self) -> Iterator[slice]:
@@ -191,7 +189,7 @@ class _Walk:
 class _ThroughTargets:
     """d KL / d s of one token block, through s = t[u] t^T / tau: T_u t into row u of d_t, T_u^T t[u] into all rows."""
 
-    def __init__(self, walk: _Walk, p: Problem, targets: launch.Targets):
+    def __init__(self, walk: _Walk, p: Problem, targets: Any):
         self.t, self.targets, self.inv_t = p.teacher, targets, walk.inv_t
         self.d_t = walk.d["w" if p.t is None else "t"]
         key, self.order = torch.where(p.y >= 0, targets.which, targets.capacity).sort(stable=True)
@@ -201,7 +199,7 @@ class _ThroughTargets:
         self.d_u = torch.zeros(self.u.shape, dtype=torch.float32, device=key.device)
         self.block_t = self.u.new_empty(targets.capacity, walk.plan.vocab_block)
 
-    def block(self, delta: Tensor, s: Tensor, sums: Tensor, columns: slice) -> None:
+    def block(self, delta: Tensor, s: Tensor, sums: Any, columns: slice) -> None:
         """Add the share of some vocabulary rows, whose delta and s are given."""
         width = columns.stop - columns.start
         grads.target_gradient(delta, self.order, self.start, s, sums, self.targets, width, self.inv_t, self.block_t)

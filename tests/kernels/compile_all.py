@@ -1,0 +1,127 @@
+"""Compiles every kernel in every configuration of kernels/config.py for one architecture; one JSON line each.
+
+python tests/kernels/compile_all.py sm_90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from tiedkl.kernels import config, grads, stats
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+INPUTS = {"h", "w", "t", "bias", "grad"}  # in the input dtype
+OUT_INPUTS = {"target_gradient_kernel"}  # whose `out` is, too
+INTEGERS = {"y", "ids", "count", "which", "order", "start"}
+DOUBLES = {"targets"}
+FLOATS = {"inv_t", "softcap", "alpha", "smoothing", "z_loss"}
+SIZES = {"N", "V", "D", "capacity", "v0", "v1", "share", "n_splits", "columns"}
+INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
+
+
+def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
+    """`kernel` for 16-byte aligned pointers, and strides and D that are multiples of 16."""
+    signature, constexprs, attributes = {}, {}, {}
+    name = kernel.__name__
+    for i, argument in enumerate(kernel.arg_names):
+        aligned = False
+        if argument in constants:
+            signature[argument], constexprs[(i,)] = "constexpr", constants[argument]
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        elif argument in SIZES or argument.startswith("stride"):
+            signature[argument] = "i32"
+            aligned = argument == "D" or argument.startswith("stride")
+        else:
+            inputs = argument in INPUTS or (argument == "out" and name in OUT_INPUTS)
+            doubles = argument in DOUBLES or (argument == "out" and name == "finish_targets_kernel")
+            element = dtype if inputs else "i64" if argument in INTEGERS else "fp64" if doubles else "fp32"
+            signature[argument], aligned = f"*{element}", True
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def options(names: str, *chosen: str) -> list[dict[str, bool]]:
+    """Constants by name, those of each choice true."""
+    return [{name: name in some.split() for name in names.split()} for some in chosen]
+
+
+# The usual ones and those with most to do first: they are compiled in every dtype, the rest in one.
+TOKEN_OPTIONS = options(
+    "HAS_BIAS SOFTCAP SMOOTHING KL", "KL", "HAS_BIAS SOFTCAP SMOOTHING KL", "", "HAS_BIAS", "SOFTCAP KL", "SMOOTHING KL"
+)
+GRADIENT_OPTIONS = options(
+    "HAS_BIAS SOFTCAP KL SUM_KL WRITE TARGET", "KL SUM_KL WRITE", "HAS_BIAS SOFTCAP KL WRITE TARGET", "WRITE",
+    "HAS_BIAS SOFTCAP WRITE", "KL SUM_KL", "HAS_BIAS SOFTCAP KL SUM_KL", "HAS_BIAS SOFTCAP KL SUM_KL WRITE",
+    "KL WRITE TARGET",
+)  # fmt: skip
+
+
+def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
+    """Kernel, dtype, tile and constants. Of the options, those that matter together."""
+    for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
+            for first, tile in enumerate(config.tiles(architecture, size)):
+                for even in (True, False):
+                    product = {
+                        "BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": even,
+                        "PRECISION": precision,
+                    }  # fmt: skip
+                    if first == 0:
+                        yield stats.target_stats_kernel, dtype, tile, product
+                        for some in TOKEN_OPTIONS if even and dtype == "bf16" else TOKEN_OPTIONS[:2]:
+                            yield stats.token_stats_kernel, dtype, tile, {**product, **some}
+                    else:
+                        yield grads.similarity_kernel, dtype, tile, product
+                        for some in GRADIENT_OPTIONS if even and dtype == "bf16" else GRADIENT_OPTIONS[:2]:
+                            yield grads.gradient_kernel, dtype, tile, {**product, **some}
+        yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS}
+    yield stats.finish_targets_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS}
+    for some in options("KL SMOOTHING", "KL", "KL SMOOTHING", ""):
+        yield stats.finish_tokens_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS, **some}
+
+
+def resources(ptx: str, architecture: str) -> tuple[int, int]:
+    """(registers, bytes spilled) as ptxas sees them."""
+    tools = triton.knobs.nvidia
+    ptxas = (tools.ptxas_blackwell if architecture == "sm_100" else tools.ptxas).path
+    exact = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.ptx").write_text(ptx)
+        done = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={exact}", f"{folder}/kernel.ptx", "-o", f"{folder}/kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    return int(re.search(r"Used (\d+) registers", done.stderr)[1]), int(spills[1]) + int(spills[2])
+
+
+def main() -> None:
+    architecture = sys.argv[1]
+    target = GPUTarget("cuda", int(architecture[3:]), 32)
+    for kernel, dtype, tile, constants in configurations(architecture):
+        options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled = triton.compile(source(kernel, dtype, constants), target=target, options=options)
+        registers, spills = resources(compiled.asm["ptx"], architecture)
+        print(
+            json.dumps({
+                "kernel": kernel.__name__, "dtype": dtype, "tile": tile, "constants": constants,
+                "registers": registers, "spills": spills, "shared": compiled.metadata.shared,
+                "instructions": [x for x in INSTRUCTIONS if x in compiled.asm["ptx"]],
+            }),
+            flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

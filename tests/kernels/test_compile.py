@@ -1,0 +1,37 @@
+"""Every kernel configuration compiled ahead of time: no spills, shared memory within the device, tensor cores in use.
+
+Compilation needs no GPU. It runs in a process of its own, because the interpreter of the other tests replaces kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("compile_all.py")
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block can have
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("architecture", SHARED_LIMIT)
+def test_every_configuration(architecture: str, tmp_path: Path) -> None:
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), architecture], env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({k["kernel"] for k in kernels}) == 7
+    for k in kernels:
+        assert k["spills"] == 0, k
+        assert k["registers"] <= 255, k
+        assert k["shared"] <= SHARED_LIMIT[architecture], k
+        multiplies = k["tile"] is not None and k["dtype"] != "fp32"
+        assert (TENSOR_CORES[architecture] in k["instructions"]) == multiplies, k

@@ -1,0 +1,177 @@
+"""The Triton kernels in the interpreter, with tiles so small that small problems cross every border.
+
+tests/test_backends.py and tests/test_ops.py hold the backend to what every other one is held to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiedkl import backends, reference
+from tiedkl.ops import plan_for
+from tiedkl.problem import Needs, Options, Problem
+
+pytest.importorskip("triton")
+CPU = torch.device("cpu")
+backend = backends.load("triton")
+if backend.unsupported(CPU, torch.float32):
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from tiedkl.kernels import config, exponential, launch, tile  # noqa: E402
+
+OPTIONS = {
+    "default": Options(2.0, 5.0),
+    "plain": Options(alpha=0.0),
+    "everything": Options(3.0, 2.0, 0.1, 0.01, 4.0, True),
+    "target_grad": Options(1.5, 2.0, target_grad=True),
+}
+GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "INTERPRETER", config.Tile(16, 32, 16, 1, 1))
+
+
+def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, extras: bool) -> Problem:
+    g = torch.Generator().manual_seed(n + v + d)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    y = torch.randint(v, (n,), generator=g)
+    y[1::4] = -1
+    b, t = (normal(v), normal(v, d + 2)) if extras else (None, None)
+    return Problem(normal(n, d), normal(v, d), y, b, t, options)
+
+
+def run(p: Problem, needs: Needs, token_block: int, vocab_block: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Terms and gradients in blocks of the given size; the terms of a forward call must be the same."""
+    plan = replace(plan_for(p, "triton", None, True), token_block=token_block, vocab_block=vocab_block)
+    g = torch.where(p.y >= 0, torch.linspace(0.5, 2.0, len(p.y)), 0.0)
+    terms, grads = backend.backward(p, plan, g, needs)
+    for a, b in zip(terms, backend.forward(p, plan), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    want_terms, want = reference.backward(p.to(torch.float64), g.double(), needs)
+    for got, right in zip(terms, want_terms, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
+    for got, right in zip(grads, want, strict=True):
+        assert (got is None) == (right is None)
+        if got is not None:
+            rtol = GRADIENT[p.h.dtype]
+            torch.testing.assert_close(
+                got.double(), right, rtol=rtol, atol=rtol * float(1 + right.abs().amax() if right.numel() else 1)
+            )
+    return list(terms), list(grads)
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_blocks_of_any_size(name: str, extras: bool) -> None:
+    needs = Needs(True, True, extras, extras)
+    run(problem(37, 70, 19, OPTIONS[name], torch.float32, extras), needs, 37, 70)
+    run(problem(19, 41, 5, OPTIONS[name], torch.float32, extras), needs, 7, 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    run(problem(21, 45, 32, OPTIONS[name], dtype, True), Needs(True, True, True, True), 21, 32)
+
+
+def test_every_subset_of_gradients() -> None:
+    p = problem(5, 11, 3, OPTIONS["everything"], torch.float32, True)
+    for wanted in itertools.product((False, True), repeat=4):
+        run(p, Needs(*wanted), 5, 11)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 33, 16), (17, 1, 2), (16, 32, 16)], ids=str)
+def test_odd_shapes(shape: tuple[int, int, int]) -> None:
+    p = problem(*shape, OPTIONS["target_grad"], torch.float32, False)
+    run(p, Needs(True, True), *shape[:2])
+
+
+def test_no_token_and_no_valid_token() -> None:
+    for n in (0, 18):
+        p = problem(n, 9, 3, OPTIONS["everything"], torch.float32, True)
+        p.y.fill_(-1)
+        terms, grads = run(p, Needs(True, True, True, True), max(n, 1), 9)
+        assert not any(float(x.abs().sum()) for x in (*terms, *grads) if x is not None)
+
+
+def test_strides_of_any_kind() -> None:
+    p = problem(13, 31, 8, OPTIONS["everything"], torch.float32, True)
+    assert p.b is not None
+    assert p.t is not None
+    strided = Problem(
+        p.h.T.contiguous().T, torch.stack((p.w, p.w), -1)[..., 0], p.y, torch.stack((p.b, p.b), -1)[:, 1],
+        torch.cat((p.t, p.t), 1)[:, : p.t.shape[1]], p.options,
+    )  # fmt: skip
+    needs = Needs(True, True, True, True)
+    for a, b in zip(run(p, needs, 13, 31)[1], run(strided, needs, 13, 31)[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reruns_give_the_same_bits() -> None:
+    p = problem(37, 70, 19, OPTIONS["everything"], torch.bfloat16, True)
+    runs = [run(p, Needs(True, True, True, True), 20, 33) for _ in range(2)]
+    for a, b in zip(*([*terms, *grads] for terms, grads in runs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_nan_is_not_hidden() -> None:
+    p = problem(20, 40, 8, OPTIONS["everything"], torch.float32, True)
+    p.h[3, 2] = torch.nan
+    p.y.clamp_(min=0)
+    plan = plan_for(p, "triton", None, True)
+    terms, grads = backend.backward(p, plan, torch.ones(20), Needs(True, True, True, True))
+    for term in (terms.ce, terms.kl, terms.lse):
+        assert term.isnan().nonzero().flatten().tolist() == [3]
+    assert grads.h is not None
+    assert grads.h[3].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_distinct_targets(n: int) -> None:
+    y = torch.randint(-1, 7, (n,), generator=torch.Generator().manual_seed(n))
+    found = launch.distinct(y, 9)
+    ids = y[y >= 0].unique()
+    assert int(found.count) == len(ids)
+    assert found.capacity == min(n, 9)
+    assert torch.equal(found.ids[: len(ids)], ids)
+    assert torch.equal(found.ids[found.which][y >= 0], y[y >= 0])
+    assert int(found.which.min()) >= 0
+
+
+@triton.jit
+def _elementwise(x, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    v = tl.load(x + i, mask=i < n, other=0.0)
+    value, excess = exponential.expm1(v)
+    tl.store(out + i, exponential.exp(v), mask=i < n)
+    tl.store(out + n + i, value, mask=i < n)
+    tl.store(out + 2 * n + i, excess, mask=i < n)
+    tl.store(out + 3 * n + i, tile.tanh(v), mask=i < n)
+
+
+def test_exponentials_are_accurate() -> None:
+    near = torch.logspace(-7, 0, 500)
+    x = torch.cat((torch.linspace(-80, 80, 3001), near, -near, torch.tensor([0.0, 9.5, -9.5, 20.0])))
+    out = torch.empty(4, len(x))
+    _elementwise[(1,)](x, out, len(x), BLOCK=4096)
+    d = x.double()
+    series = sum(d**k / torch.lgamma(torch.tensor(k + 1.0, dtype=torch.float64)).exp() for k in range(2, 18))
+    excess = torch.where(d.abs() < 0.5, series, torch.expm1(d) - d)
+    for got, want, ulps in zip(out.double(), (d.exp(), d.expm1(), excess, d.tanh()), (1.5, 2.5, 6, 4), strict=True):
+        error = ((got - want) / torch.where(want == 0, 1.0, want)).abs().max()
+        assert float(error) <= ulps * 2**-24 * 2, float(error) / 2**-24
+    assert out[:, x == 0].flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert out[3, x.abs() > 10].abs().eq(1).all()

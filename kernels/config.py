@@ -22,11 +22,11 @@ class Tile(NamedTuple):
 SAFE = Tile(64, 64, 32, 4, 2)  # anything else, AMD included
 TILES = {  # (architecture, bytes per element) -> statistics pass, gradient pass
     ("sm_80", 2): (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    ("sm_80", 4): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_80", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     ("sm_90", 2): (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_90", 4): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_90", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     ("sm_100", 2): (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_100", 4): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_100", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
 }
 INTERPRETER = Tile(256, 512, 128, 1, 1)  # an interpreted operation takes as long on a large tile as on a small one
 SMALL_ROWS = 128  # rows per program of the kernels that close the sums

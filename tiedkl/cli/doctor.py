@@ -213,6 +213,8 @@ def _render_extension(e: dict[str, Any]) -> list[str]:
     if e["path"] is None:
         return [f"tiedkl._C is {e['problem']}"]
     built = f"torch {e.get('torch')}, compiler {e.get('compiler')}, row kernels for {e.get('capability')}"
+    if e.get("bf16_products"):
+        built += ", bfloat16 products"
     return [f"tiedkl._C at {e['path']}", f"problem: {e['problem']}" if e["problem"] else built]
 
 

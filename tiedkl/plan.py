@@ -126,18 +126,22 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
     def fits(tokens: int, vocab: int) -> bool:
         return scratch_bytes(shape, tuning, tokens, _targets(tuning, tokens), vocab) <= budget
 
-    cap = min(n, tuning.token_block, max(tuning.min_token_block, tuning.block_bytes // (shape.acc_bytes * v)))
-    tokens = _largest(cap, lambda c: fits(c, v)) if tuning.token_block else 0
-    vocab = v
-    if tokens < min(n, tuning.min_token_block) or not fits(tokens, v):
-        # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
-        columns = min(v, tuning.min_vocab_block)
-        tokens = _largest(n, lambda c: fits(c, columns))
-        vocab = _largest(v, lambda b: fits(tokens, b))
-    if tokens < n:  # equal blocks
+    def even(tokens: int, vocab: int) -> int:
+        """As many blocks as before, of equal size."""
+        if tokens >= n:
+            return tokens
         tokens = -(-n // -(-n // tokens))
         rounded = -(-tokens // tuning.row_multiple) * tuning.row_multiple
-        tokens = rounded if rounded < n and fits(rounded, vocab) else tokens
+        return rounded if rounded < n and fits(rounded, vocab) else tokens
+
+    cap = min(n, tuning.token_block, max(tuning.min_token_block, tuning.block_bytes // (shape.acc_bytes * v)))
+    tokens = _largest(cap, lambda c: fits(c, v)) if tuning.token_block else 0
+    if tokens >= min(n, tuning.min_token_block) and fits(tokens, v):
+        tokens, vocab = even(tokens, v), v
+    else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
+        columns = min(v, tuning.min_vocab_block)
+        tokens = even(_largest(n, lambda c: fits(c, columns)), columns)
+        vocab = _largest(v, lambda b: fits(tokens, b))
     strategy = TOKEN_BLOCKS if vocab >= v and tuning.token_block else VOCAB_BLOCKS
     targets = _targets(tuning, tokens)
     return Plan(

@@ -28,7 +28,8 @@ FP_CONTRACT = "-ffp-contract=off"
 # Sources compiled for instruction sets of their own, among which csrc/cpu/dispatch.cpp picks at run time: one object
 # each, in a folder of its own. ATen's vector headers choose their instruction set by macros that come with these flags,
 # so a target attribute on a function would not do.
-ROW_KERNELS, GEMM_BF16 = "csrc/cpu/row_kernels.cpp", "csrc/cpu/gemm_bf16.cpp"
+ROW_KERNELS = "csrc/cpu/row_kernels.cpp"
+GEMM_F32, GEMM_BF16 = "csrc/cpu/gemm_f32.cpp", "csrc/cpu/gemm_bf16.cpp"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
@@ -47,6 +48,7 @@ OBJECTS = {"default": (ROW_KERNELS, capability("DEFAULT"))}  # folder -> source,
 if X86:
     OBJECTS["avx2"] = (ROW_KERNELS, [*capability("AVX2"), *AVX2])
     OBJECTS["avx512"] = (ROW_KERNELS, [*capability("AVX512"), *AVX512])
+    OBJECTS["avx512_f32"] = (GEMM_F32, [*capability("AVX512"), *AVX512])
     OBJECTS["avx512_bf16"] = (GEMM_BF16, [*AVX512, "-mavx512bf16"])
 
 

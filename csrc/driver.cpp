@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -12,6 +13,7 @@
 #endif
 
 #include "cpu/gemm_bf16.h"
+#include "cpu/gemm_f32.h"
 #include "cpu/row_kernels.h"
 #include "token_blocks.h"
 
@@ -70,6 +72,7 @@ class Walk {
         params_(p.params),
         acc_(p.h.options().dtype(c10::CppTypeToScalarType<T>::value)),
         bf16_(multiplies_bf16(p)),
+        f32_(std::is_same_v<T, float> && !bf16_ && cpu::f32_gemm_available()),
         operand_(bf16_ ? p.h.options() : acc_),
         n_(p.h.size(0)),
         v_(p.w.size(0)),
@@ -81,7 +84,7 @@ class Walk {
         t_(p.t ? *p.t : p.w, operand_.dtype().toScalarType(), sizes.panel) {
     params_.target_grad = teacher_grad_;  // nothing behind the similarity target may want a gradient
     params_.temperature = 1.0 / double(T(1.0 / params_.temperature));  // the 1/tau the row kernels multiply by
-    if (bf16_) sizes_.panel = sizes_.vocab;  // nothing to convert, and the product blocks by itself
+    if (bf16_ || (f32_ && p.h.scalar_type() == at::kFloat)) sizes_.panel = sizes_.vocab;  // nothing to convert; the product blocks by itself
   }
 
   Result run() {
@@ -128,7 +131,8 @@ class Walk {
       d_u_ = at::empty({targets, t.size(1)}, acc_);
     }
     outputs_ = at::empty({3, rows}, acc_);
-    if (bf16_) packed_ = at::empty({cpu::kBf16GemmScratch}, acc_.dtype(at::kInt));
+    if (bf16_) packed_ = at::empty({cpu::kBf16GemmScratch}, acc_);
+    if (f32_) packed_ = at::empty({threads * cpu::kF32GemmScratch}, acc_);
   }
 
   static Tensor index(const int64_t* ids, int64_t n) {
@@ -242,15 +246,23 @@ class Walk {
 
   // out = x y, added to what is there unless this is the first contribution
   void multiply(Tensor& out, const Tensor& x, const Tensor& y, bool first) const {
-    if (!bf16_) {
-      at::addmm_out(out, out, x, y, first ? 0 : 1);
+    const int64_t m = out.size(0), n = out.size(1), k = x.size(1);
+    if (bf16_) {
+      const auto operand = [](const Tensor& a) {
+        return cpu::Bf16Operand{a.const_data_ptr(), a.scalar_type() == at::kFloat, a.stride(0), a.stride(1)};
+      };
+      cpu::bf16_gemm(m, n, k, operand(x), operand(y), out.mutable_data_ptr<float>(), out.stride(0), !first,
+                     static_cast<uint32_t*>(packed_.mutable_data_ptr()));
       return;
     }
-    const auto operand = [](const Tensor& m) {
-      return cpu::Bf16Operand{m.const_data_ptr(), m.scalar_type() == at::kFloat, m.stride(0), m.stride(1)};
-    };
-    cpu::bf16_gemm(out.size(0), out.size(1), x.size(1), operand(x), operand(y), out.mutable_data_ptr<float>(), out.stride(0), !first,
-                   reinterpret_cast<uint32_t*>(packed_.mutable_data_ptr<int>()));
+    if constexpr (std::is_same_v<T, float>) {
+      const auto operand = [](const Tensor& a) { return cpu::F32Operand{a.const_data_ptr<float>(), a.stride(0), a.stride(1)}; };
+      if (f32_ && cpu::f32_gemm_prefers(n, k, operand(x), operand(y))) {
+        cpu::f32_gemm(m, n, k, operand(x), operand(y), out.mutable_data_ptr<float>(), out.stride(0), !first, packed_.mutable_data_ptr<float>());
+        return;
+      }
+    }
+    at::addmm_out(out, out, x, y, first ? 0 : 1);
   }
 
   // After every column of d_w (or d_t) holds this block's share: the rows of the targets themselves.
@@ -302,7 +314,7 @@ class Walk {
   BlockSizes sizes_;
   LossParams params_;
   const at::TensorOptions acc_;
-  const bool bf16_;
+  const bool bf16_, f32_;  // whose products are not ATen's
   const at::TensorOptions operand_;  // of what is multiplied: h, w, t
   const int64_t n_, v_;
   const bool kl_, whole_, grad_, teacher_grad_;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "gemm_bf16.h"
+#include "gemm_f32.h"
 #include "row_kernels.h"
 
 namespace tiedkl::cpu {
@@ -43,6 +44,15 @@ const char* row_kernel_capability() {
 bool bf16_gemm_available() {
 #if defined(TIEDKL_X86)
   return capability() == Capability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool f32_gemm_available() {
+#if defined(TIEDKL_X86)
+  static const bool available = capability() == Capability::kAvx512 && !__builtin_cpu_is("intel") && AVX512::brgemm_works();
+  return available;
 #else
   return false;
 #endif

@@ -1,0 +1,92 @@
+// Compiled with AVX-512; called only where dispatch.cpp finds it.
+//
+// The micro-kernel multiplies blocks whose columns lie side by side. The operand that lies transposed (w in h w^T, G in G^T h) is
+// copied to scratch one panel at a time, by the thread that then multiplies it with every block of the other operand.
+#include "gemm_f32.h"
+
+#if defined(TIEDKL_X86)
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+
+namespace tiedkl::cpu {
+
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+
+namespace {
+
+constexpr int64_t kDepth = 512;                        // of k per call
+constexpr int64_t kRows = 128, kCols = 128;            // of a block of c
+constexpr int64_t kPackedRows = 32, kPackedCols = 64;  // of a panel of the transposed operand
+constexpr int64_t kWide = 256;                         // columns of c from which MKL is slower where nothing but G^T lies transposed
+static_assert(kDepth * std::max(kPackedRows, kPackedCols) <= kF32GemmScratch);
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+}  // namespace
+
+bool AVX512::brgemm_works() {
+  const float one = 1.0f;
+  float product = 0.0f;
+  try {
+    at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
+    at::native::cpublas::brgemm_release(false);
+  } catch (const std::exception&) {  // a torch without oneDNN
+    return false;
+  }
+  return product == 1.0f;
+}
+
+bool f32_gemm_prefers(int64_t n, int64_t k, const F32Operand& a, const F32Operand& b) {
+  const bool a_lies = a.col_stride == 1 && a.row_stride >= k, b_lies = b.col_stride == 1 && b.row_stride >= n;
+  if (b_lies) return n >= kWide && (a_lies || a.row_stride == 1);
+  return a_lies && b.row_stride == 1;
+}
+
+void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b, float* c, int64_t ldc, bool add, float* scratch) {
+  const bool pack_b = b.col_stride != 1 || b.row_stride < n, pack_a = !pack_b && (a.col_stride != 1 || a.row_stride < k);
+  const int64_t rows = pack_a ? kPackedRows : kRows, cols = pack_b ? kPackedCols : pack_a ? 2 * kCols : kCols;
+  const int64_t row_blocks = ceil_div(m, rows), col_blocks = ceil_div(n, cols);
+  const auto multiply = [&](int64_t i, int64_t j, int64_t k0, const float* left, int64_t lda, const float* right, int64_t ldb) {
+    at::native::cpublas::brgemm(std::min(rows, m - i), std::min(cols, n - j), std::min(kDepth, k - k0), lda, ldb, ldc, add || k0 > 0, left,
+                                right, c + i * ldc + j, false);
+  };
+  // Work is split along the packed operand, so that each panel is packed once.
+  const int64_t items = pack_a ? row_blocks : pack_b ? col_blocks : row_blocks * col_blocks;
+  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    float* panel = scratch + at::get_thread_num() * kF32GemmScratch;
+    for (int64_t x = begin; x < end; ++x) {
+      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+        const int64_t depth = std::min(kDepth, k - k0);
+        if (pack_a) {
+          const int64_t i = x * rows;
+          at::vec::transpose_mxn<float>(a.data + i + k0 * a.col_stride, a.col_stride, panel, kDepth, depth, std::min(rows, m - i));
+          for (int64_t j = 0; j < n; j += cols) multiply(i, j, k0, panel, kDepth, b.data + k0 * b.row_stride + j, b.row_stride);
+        } else if (pack_b) {
+          const int64_t j = x * cols;
+          at::vec::transpose_mxn<float>(b.data + j * b.col_stride + k0, b.col_stride, panel, cols, std::min(cols, n - j), depth);
+          for (int64_t i = 0; i < m; i += rows) multiply(i, j, k0, a.data + i * a.row_stride + k0, a.row_stride, panel, cols);
+        } else {
+          const int64_t i = x % row_blocks * rows, j = x / row_blocks * cols;
+          multiply(i, j, k0, a.data + i * a.row_stride + k0, a.row_stride, b.data + k0 * b.row_stride + j, b.row_stride);
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release(false);
+  });
+}
+
+#else  // torch is older than the micro-kernel
+
+bool AVX512::brgemm_works() { return false; }
+bool f32_gemm_prefers(int64_t, int64_t, const F32Operand&, const F32Operand&) { return false; }
+void f32_gemm(int64_t, int64_t, int64_t, const F32Operand&, const F32Operand&, float*, int64_t, bool, float*) {}
+
+#endif
+
+}  // namespace tiedkl::cpu
+
+#endif

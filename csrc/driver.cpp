@@ -77,6 +77,7 @@ class Walk {
         n_(p.h.size(0)),
         v_(p.w.size(0)),
         kl_(p.params.alpha != 0.0),
+        max_rows_(kl_ ? sizes.tokens + sizes.targets : sizes.tokens),
         whole_(sizes.vocab >= p.w.size(0)),
         grad_(p.g.has_value()),
         teacher_grad_(kl_ && p.params.target_grad && grad_ && (p.t ? p.need_t : p.need_w)),
@@ -90,7 +91,7 @@ class Walk {
   Result run() {
     allocate();
     const std::vector<int64_t> order = group_by_target(p_.y.const_data_ptr<int64_t>(), n_);
-    for (const Block& block : make_blocks(order, p_.y.const_data_ptr<int64_t>(), sizes_.tokens, sizes_.targets)) {
+    for (const Block& block : make_blocks(order, p_.y.const_data_ptr<int64_t>(), max_rows_, kl_)) {
       load(block, order);
       if (whole_) {
         whole_block(block);
@@ -110,16 +111,17 @@ class Walk {
 
  private:
   void allocate() {
-    const int64_t width = std::min(sizes_.vocab, v_), rows = std::min(sizes_.tokens, n_), d = p_.h.size(1);
+    const int64_t width = std::min(sizes_.vocab, v_), rows = std::min(max_rows_, n_), d = p_.h.size(1);
     const Tensor& t = p_.t ? *p_.t : p_.w;
-    const int64_t targets = kl_ ? std::min(sizes_.targets, rows) : 0, threads = at::get_num_threads();
+    const int64_t targets = kl_ ? std::min(max_rows_ / 2, rows) : 0, threads = at::get_num_threads();
+    const int64_t both = std::min(max_rows_, rows + targets);
     out_.terms = at::zeros({5, n_}, acc_);
     if (p_.need_h) out_.d_h = at::zeros({n_, d}, acc_);
     if (p_.need_w) out_.d_w = large({v_, d}, acc_);
     if (p_.need_b) out_.d_b = at::empty({v_}, acc_);
     if (p_.need_t && p_.t) out_.d_t = teacher_grad_ ? at::empty({v_, t.size(1)}, acc_) : at::zeros({v_, t.size(1)}, acc_);
-    logits_ = large({rows + targets, width}, acc_);
-    operands_ = at::empty({rows + (p_.t ? 0 : targets), d}, operand_);
+    logits_ = large({both, width}, acc_);
+    operands_ = at::empty({p_.t ? rows : both, d}, operand_);
     if (p_.need_h) d_h_ = at::empty({rows, d}, acc_);
     if (p_.b) bias_ = p_.b->to(acc_.dtype()).contiguous();
     if (kl_) {
@@ -131,6 +133,7 @@ class Walk {
       d_u_ = at::empty({targets, t.size(1)}, acc_);
     }
     outputs_ = at::empty({3, rows}, acc_);
+    // Not part of the plan's scratch, as the buffers of a BLAS are not.
     if (bf16_) packed_ = at::empty({cpu::kBf16GemmScratch}, acc_);
     if (f32_) packed_ = at::empty({threads * cpu::kF32GemmScratch}, acc_);
   }
@@ -139,15 +142,23 @@ class Walk {
     return at::from_blob(const_cast<int64_t*>(ids), {n}, at::TensorOptions().dtype(at::kLong));
   }
 
+  static void gather(Tensor& out, const Tensor& x, const Tensor& rows) {
+    if (out.scalar_type() == x.scalar_type()) {
+      at::index_select_out(out, x, 0, rows);
+    } else {
+      out.copy_(x.index_select(0, rows));
+    }
+  }
+
   // Gather the block's hidden states, weights and teacher vectors.
   void load(const Block& block, const std::vector<int64_t>& order) {
     const int64_t rows = block.end - block.begin, targets = kl_ ? block.targets.size() : 0;
     z_ = logits_.slice(0, 0, rows), s_ = logits_.slice(0, rows, rows + targets);
     h_ = operands_.slice(0, 0, rows);
-    h_.copy_(p_.h.index_select(0, index(order.data() + block.begin, rows)));
+    gather(h_, p_.h, index(order.data() + block.begin, rows));
     if (kl_) {
       u_ = p_.t ? u_buffer_.slice(0, 0, targets) : operands_.slice(0, rows, rows + targets);
-      u_.copy_((p_.t ? *p_.t : p_.w).index_select(0, index(block.targets.data(), targets)));
+      gather(u_, p_.t ? *p_.t : p_.w, index(block.targets.data(), targets));
     }
     y_.resize(rows), g_.assign(rows, 0.0);
     const int64_t* y = p_.y.const_data_ptr<int64_t>();
@@ -317,7 +328,9 @@ class Walk {
   const bool bf16_, f32_;  // whose products are not ATen's
   const at::TensorOptions operand_;  // of what is multiplied: h, w, t
   const int64_t n_, v_;
-  const bool kl_, whole_, grad_, teacher_grad_;
+  const bool kl_;
+  const int64_t max_rows_;
+  const bool whole_, grad_, teacher_grad_;
   bool first_ = true;  // no block has been added to d_w, d_b, d_t yet
   Panels w_, t_;
   Result out_;

@@ -13,8 +13,8 @@ namespace tiedkl {
 
 // Block sizes, chosen by tiedkl/plan.py.
 struct BlockSizes {
-  int64_t tokens;   // C, rows of one logits block
-  int64_t targets;  // Cw, distinct targets in one block
+  int64_t tokens;   // C, and
+  int64_t targets;  // Cw: a block holds up to C + Cw rows, its tokens and its distinct targets together (C without KL)
   int64_t vocab;    // B, columns of one logits block; B >= V keeps the block and computes it once
   int64_t panel;    // columns per matrix product, and per conversion of half-precision weights
 };

@@ -17,14 +17,18 @@ std::vector<int64_t> group_by_target(const int64_t* y, int64_t n) {
   return order;
 }
 
-std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t* y, int64_t max_tokens, int64_t max_targets) {
+namespace {
+
+std::vector<Block> cut(const std::vector<int64_t>& order, const int64_t* y, int64_t max_rows, bool with_targets) {
   std::vector<Block> blocks;
   const int64_t n = order.size();
   for (int64_t i = 0; i < n;) {
     Block block{i, i, {}, {}};
-    for (; i < n && i - block.begin < max_tokens; ++i) {
-      if (block.targets.empty() || y[order[i]] != block.targets.back()) {
-        if (int64_t(block.targets.size()) == max_targets) break;
+    for (int64_t rows = 0; i < n; ++i) {
+      const bool fresh = block.targets.empty() || y[order[i]] != block.targets.back();
+      rows += fresh && with_targets ? 2 : 1;
+      if (rows > max_rows) break;
+      if (fresh) {
         block.targets.push_back(y[order[i]]);
         block.group.push_back(i - block.begin);
       }
@@ -32,6 +36,22 @@ std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t*
     block.end = i;
     block.group.push_back(i - block.begin);
     blocks.push_back(std::move(block));
+  }
+  return blocks;
+}
+
+}  // namespace
+
+std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t* y, int64_t max_rows, bool with_targets) {
+  std::vector<Block> blocks = cut(order, y, max_rows, with_targets);
+  const int64_t n = blocks.size();
+  int64_t rows = 0;
+  for (const Block& block : blocks) rows += block.end - block.begin + (with_targets ? block.targets.size() : 0);
+  // The same number of equal blocks: a small last one would read all of w for little work. A cut target counts twice, so the
+  // mean may be a little too small.
+  for (int64_t size = n ? (rows + n - 1) / n : max_rows; size < max_rows; size += 1 + size / 64) {
+    std::vector<Block> even = cut(order, y, size, with_targets);
+    if (int64_t(even.size()) <= n) return even;
   }
   return blocks;
 }

@@ -18,7 +18,8 @@ struct Block {
   std::vector<int64_t> group;    // offsets from begin, one more than targets
 };
 
-// Blocks of at most max_tokens tokens and max_targets distinct targets.
-std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t* y, int64_t max_tokens, int64_t max_targets);
+// As few blocks as hold at most max_rows rows each, of about equal size. A row is a token or, if `with_targets`, a distinct target;
+// max_rows >= 2.
+std::vector<Block> make_blocks(const std::vector<int64_t>& order, const int64_t* y, int64_t max_rows, bool with_targets);
 
 }  // namespace tiedkl

@@ -48,8 +48,8 @@ class Tuning:
     panel: int  # vocabulary rows per GEMM
     widened: int = 2  # panels of half-precision weights held in the accumulation dtype
     delta_buffers: float = 0  # blocks of C x B more with target_grad
-    row_multiple: int = 1  # C is rounded up to a multiple where it still fits
     targets_per_token: float = 0.5  # Cw / C
+    shared_rows: bool = False  # tokens and targets of a block share C + Cw rows in any proportion
     block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
 
 
@@ -86,6 +86,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
         columns += tuning.delta_buffers * tokens
     if kl:
         columns += tuning.s_buffers * targets + tuning.row_buffers * shape.threads * (2 if target_grad else 1)
+    if kl and tuning.shared_rows:
+        tokens, targets = tokens + targets, (tokens + targets) // 2  # the most there can be of either
     rows = tokens * shape.width * (2 if shape.grad else 1)  # gathered h, and its gradient
     if kl:
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
@@ -126,24 +128,24 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
     def fits(tokens: int, vocab: int) -> bool:
         return scratch_bytes(shape, tuning, tokens, _targets(tuning, tokens), vocab) <= budget
 
-    def even(tokens: int, vocab: int) -> int:
+    def even(tokens: int) -> int:
         """As many blocks as before, of equal size."""
-        if tokens >= n:
-            return tokens
-        tokens = -(-n // -(-n // tokens))
-        rounded = -(-tokens // tuning.row_multiple) * tuning.row_multiple
-        return rounded if rounded < n and fits(rounded, vocab) else tokens
+        return -(-n // -(-n // tokens))
 
     cap = min(n, tuning.token_block, max(tuning.min_token_block, tuning.block_bytes // (shape.acc_bytes * v)))
     tokens = _largest(cap, lambda c: fits(c, v)) if tuning.token_block else 0
     if tokens >= min(n, tuning.min_token_block) and fits(tokens, v):
-        tokens, vocab = even(tokens, v), v
+        vocab = v
+        if not tuning.shared_rows:  # or the walk evens its blocks out, knowing how many targets are distinct
+            tokens = even(tokens)
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
         columns = min(v, tuning.min_vocab_block)
-        tokens = even(_largest(n, lambda c: fits(c, columns)), columns)
-        vocab = _largest(v, lambda b: fits(tokens, b))
+        tokens = even(_largest(n, lambda c: fits(c, columns)))
+        vocab = _largest(max(1, v - 1), lambda b: fits(tokens, b))  # the choice above stands: it is monotone in the budget
     strategy = TOKEN_BLOCKS if vocab >= v and tuning.token_block else VOCAB_BLOCKS
     targets = _targets(tuning, tokens)
+    if tuning.shared_rows and tokens == n and vocab == v:  # one block for all, were every target another
+        targets = max(targets, _largest(n, lambda u: scratch_bytes(shape, tuning, n, u, v) <= budget))
     return Plan(
         impl=impl,
         strategy=strategy,

@@ -48,7 +48,7 @@ bool f32_gemm_prefers(int64_t n, int64_t k, const F32Operand& a, const F32Operan
 
 void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b, float* c, int64_t ldc, bool add, float* scratch) {
   const bool pack_b = b.col_stride != 1 || b.row_stride < n, pack_a = !pack_b && (a.col_stride != 1 || a.row_stride < k);
-  const int64_t rows = pack_a ? kPackedRows : kRows, cols = pack_b ? kPackedCols : pack_a ? 2 * kCols : kCols;
+  const int64_t rows = pack_a ? kPackedRows : ceil_div(m, ceil_div(m, kRows)), cols = pack_b ? kPackedCols : pack_a ? 2 * kCols : kCols;
   const int64_t row_blocks = ceil_div(m, rows), col_blocks = ceil_div(n, cols);
   const auto multiply = [&](int64_t i, int64_t j, int64_t k0, const float* left, int64_t lda, const float* right, int64_t ldb) {
     at::native::cpublas::brgemm(std::min(rows, m - i), std::min(cols, n - j), std::min(kDepth, k - k0), lda, ldb, ldc, add || k0 > 0, left,

@@ -22,8 +22,9 @@ TUNING = Tuning(
     min_token_block=48,
     min_vocab_block=512,
     panel=1024,
+    shared_rows=True,
 )
-NATIVE_BF16 = replace(TUNING, widened=0, row_multiple=12)  # rows of a tile in csrc/cpu/gemm_bf16.cpp
+NATIVE_BF16 = replace(TUNING, widened=0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -161,7 +161,7 @@ def extension_options() -> dict[str, Any]:
     compile_flags, link_flags = cpu_flags()
     cpu = CppExtension(
         "tiedkl._C",
-        sources=["csrc/bindings.cpp", "csrc/driver.cpp", "csrc/token_blocks.cpp", "csrc/cpu/dispatch.cpp"],
+        sources=["csrc/bindings.cpp", "csrc/driver.cpp", "csrc/token_blocks.cpp", "csrc/target_logits.cpp", "csrc/cpu/dispatch.cpp"],
         extra_compile_args=compile_flags,
         extra_link_args=link_flags,
         optional=True,

@@ -15,6 +15,7 @@
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_f32.h"
 #include "cpu/row_kernels.h"
+#include "target_logits.h"
 #include "token_blocks.h"
 
 namespace tiedkl {
@@ -169,6 +170,7 @@ class Walk {
     }
     token_.assign(rows, TokenState{});
     teacher_.assign(targets, TeacherState{});
+    if (kl_) target_logits(block, order.data(), p_.h, p_.w, p_.b, p_.t ? *p_.t : p_.w, params_.softcap, token_.data(), teacher_.data());
   }
 
   void save(const Block& block, const std::vector<int64_t>& order) {
@@ -268,7 +270,7 @@ class Walk {
     }
     if constexpr (std::is_same_v<T, float>) {
       const auto operand = [](const Tensor& a) { return cpu::F32Operand{a.const_data_ptr<float>(), a.stride(0), a.stride(1)}; };
-      if (f32_ && cpu::f32_gemm_prefers(n, k, operand(x), operand(y))) {
+      if (f32_ && cpu::f32_gemm_prefers(m, n, k, operand(x), operand(y))) {
         cpu::f32_gemm(m, n, k, operand(x), operand(y), out.mutable_data_ptr<float>(), out.stride(0), !first, packed_.mutable_data_ptr<float>());
         return;
       }

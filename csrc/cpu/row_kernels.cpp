@@ -45,8 +45,9 @@ void prepare(T* z, const T* bias, int64_t n, double softcap) {
 }
 
 template <typename T>
-void teacher_row(const T* s, int64_t n, int64_t v0, const LossParams& p, TeacherState& state) {
+void teacher_row(T* s, int64_t n, int64_t v0, int64_t self, const LossParams& p, TeacherState& state) {
   const T inv_t = T(1.0 / p.temperature);
+  const bool inside = self >= 0 && self < n;
   for (int64_t c = 0; c < n; c += kChunk) {
     const int64_t len = std::min(kChunk, n - c);
     const double top = row_max(s + c, len);
@@ -56,22 +57,28 @@ void teacher_row(const T* s, int64_t n, int64_t v0, const LossParams& p, Teacher
     }
     const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
     Vec<T> sum{T(0)};
+    const bool apart = inside && self >= c && self < c + len;
+    const T saved = apart ? s[self] : T(0);
+    if (apart) s[self] = std::numeric_limits<T>::lowest();
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
       const Vec<T> d = at::vec::clamp_min((load(s + c + i, lanes) - m) * it, floor);
       sum = sum + keep(exp_bounded(d), T(0), lanes);
     });
+    if (apart) s[self] = saved;
     state.sum += lane_sum(sum);
   }
 }
 
 // The similarity target of one row: q = e^((s - m)/tau) / sum.
 template <typename T>
-void teacher_probabilities(const T* s, int64_t n, T inv_t, const TeacherState& state, T* q) {
-  const Vec<T> m{T(state.m)}, it{inv_t}, inv{T(1.0 / state.sum)}, floor{T(kFloor)};
+void teacher_probabilities(const T* s, int64_t n, int64_t self, T inv_t, const TeacherState& state, T* q) {
+  const double sum = total(state, inv_t);
+  const Vec<T> m{T(state.m)}, it{inv_t}, inv{T(1.0 / sum)}, floor{T(kFloor)};
   for_vectors<T>(n, [&](int64_t i, auto lanes) {
     const Vec<T> d = at::vec::clamp_min((load(s + i, lanes) - m) * it, floor);
     store(exp_bounded(d) * inv, q + i, lanes);
   });
+  if (self >= 0 && self < n) q[self] = T(std::exp((state.self - state.m) * inv_t) / sum);
 }
 
 // Add columns [0, n) of one row to its state; `skip` (the target's column) is left out when it lies inside.
@@ -132,7 +139,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   // x = log r - log q = ((z - s) - (max z - max s))/tau + (log sum_s - log sum_t): in this order the roundings of the dominant
   // column cancel, however large it is.
   const double tops = kKL ? token.max_all - teacher->m : 0.0;
-  const double offset = kKL ? std::log(teacher->sum) - token.log_sum_t : 0.0;
+  const double offset = kKL ? std::log(total(*teacher, inv_t)) - token.log_sum_t : 0.0;
   const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cp_low{T(coef_p - double(T(coef_p)))}, cr{T(coef_r)}, eps{T(-constant)}, top{T(tops)}, off{T(offset)},
       off_low{T(offset - double(T(offset)))};  // roundings common to a row add up in the products with w
   const Vec<T> middle{T(0.5 * (1.0 + kLowest))}, reach{T(0.5 * (1.0 - kLowest))}, lowest_x{T(kLowest)};
@@ -144,6 +151,8 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   const bool inside = row.skip >= 0 && row.skip < row.n;
   double zy_share = 0.0;  // (alpha/tau)(r - q) at the target
   const T zy = inside ? row.z[row.skip] : T(0);
+  // The target's column is compared apart, in double; here a logit for which log r - log q is nothing but a rounding error.
+  if (kKL && inside) row.z[row.skip] = T(row.s[row.skip] + tops - offset * p.temperature);
   double kl = 0;
   for (int64_t c = 0; c < row.n; c += kChunk) {
     const int64_t len = std::min(kChunk, row.n - c);
@@ -192,12 +201,17 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
     if constexpr (kTarget && !kWrite) token.spread += lane_sum(spread);
   }
   if constexpr (kKL) {
-    if (p.alpha != 0.0) token.kl += kl;
     if (inside) {
-      const double x = ((double(zy) - double(row.s[row.skip])) - tops) * inv_t + offset;
-      zy_share = r_minus_q(row.q[row.skip], -x, (zy - token.max_all) * inv_t - token.log_sum_t) * coef_r;
+      const double x = ((token.zy_exact - teacher->self) - tops) * inv_t + offset, q = row.q[row.skip];
+      const Divergence d = divergence(q, x, (token.zy_exact - token.max_all) * inv_t - token.log_sum_t);
+      zy_share = d.r_minus_q * coef_r;
+      kl += d.excess;
+      if constexpr (kTarget && kWrite) row.a[row.skip] -= T(row.g * x);
+      if constexpr (kTarget && !kWrite) token.spread -= q * x;
     }
+    token.kl += kl;
   }
+  if (!kWrite && kKL && inside) row.z[row.skip] = zy;
   if (kWrite && inside) {
     const double u = kCap ? zy / p.softcap : 0.0;
     row.z[row.skip] = T((row.g * target_gradient(token, p, row.n_vocab) + zy_share) * (1.0 - u * u));
@@ -219,7 +233,7 @@ GradientFn<T> select_gradient(const LossParams& p, bool write) {
 template <typename T>
 void teacher_stats(const Tile<T>& t, const LossParams& p) {
   at::parallel_for(0, t.targets, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, t.v0, p, t.teacher[u]);
+    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, t.v0, t.y[t.group[u]] - t.v0, p, t.teacher[u]);
   });
 }
 
@@ -284,7 +298,7 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
     double mean = 0;  // sum q a of the current target
     for (int64_t n = first; n < last; ++n) {
       if (kl && n >= t.group[u + 1]) ++u, fresh = true;
-      if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u], q);
+      if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, t.y[n] - t.v0, T(1.0 / p.temperature), t.teacher[u], q);
       if (target && fresh) std::fill_n(a, t.cols, T(0)), mean = 0;
       fresh = false;
       token_row(t, p, stages, gradient, n, u, q, a);

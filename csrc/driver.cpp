@@ -23,6 +23,8 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kFewTargets = 8;
+
 // Uninitialised, on huge pages where the system offers them: blocks live for one call, so that page faults are a measurable part
 // of it, and their rows are a vocabulary apart, so that small pages thrash the TLB.
 Tensor large(at::IntArrayRef shape, const at::TensorOptions& options) {
@@ -130,7 +132,7 @@ class Walk {
       q_ = at::empty({threads, width}, acc_);
     }
     if (teacher_grad_) {
-      a_ = at::empty({threads, width}, acc_);
+      a_ = at::empty({threads, 2, width}, acc_);
       d_u_ = at::empty({targets, t.size(1)}, acc_);
     }
     outputs_ = at::empty({3, rows}, acc_);
@@ -253,7 +255,11 @@ class Walk {
       const Tensor d_s = s_.slice(1, a - at, b - at);
       Tensor d_t = (p_.t ? out_.d_t : out_.d_w).slice(0, a, b);
       multiply(d_t, d_s.t(), u_, p_.t ? first_ : false);
-      multiply(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      if (s_.size(0) < kFewTargets) {
+        multiply_in_double(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      } else {
+        multiply(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      }
     }
   }
 
@@ -276,6 +282,18 @@ class Walk {
       }
     }
     at::addmm_out(out, out, x, y, first ? 0 : 1);
+  }
+
+  // The same for few rows, added up in double: eager has a sum over the vocabulary for every token, and the mean of their roundings;
+  // a target that many tokens share has one sum.
+  static void multiply_in_double(Tensor& out, const Tensor& x, const Tensor& y, bool first) {
+    Tensor sum = first ? at::zeros(out.sizes(), out.options().dtype(at::kDouble)) : out.to(at::kDouble);
+    const int64_t step = 1 + (int64_t(1) << 16) / (1 + y.size(1));  // of the copies
+    for (int64_t k = 0; k < y.size(0); k += step) {
+      const int64_t end = std::min(k + step, y.size(0));
+      sum.addmm_(x.slice(1, k, end).to(at::kDouble), y.slice(0, k, end).to(at::kDouble));
+    }
+    out.copy_(sum);
   }
 
   // After every column of d_w (or d_t) holds this block's share: the rows of the targets themselves.

@@ -123,8 +123,9 @@ template <typename T>
 struct GradientRow {
   T* z;            // (n) logits in, G out
   const T* s;      // (n) similarities; s and q are unused without KL
-  const T* q;      // (n)
+  T* q;            // (n) as it was on return
   T* a;            // (n) sum over one target's tokens of g (delta - center)
+  T* a_low;        // (n) what a's roundings lost
   int64_t n, skip;  // skip: the target's column, or outside [0, n)
   double g, n_vocab;
 };
@@ -151,14 +152,17 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   const bool inside = row.skip >= 0 && row.skip < row.n;
   double zy_share = 0.0;  // (alpha/tau)(r - q) at the target
   const T zy = inside ? row.z[row.skip] : T(0);
-  // The target's column is compared apart, in double; here a logit for which log r - log q is nothing but a rounding error.
-  if (kKL && inside) row.z[row.skip] = T(row.s[row.skip] + tops - offset * p.temperature);
+  const T qy = kKL && inside ? row.q[row.skip] : T(0), ay = kTarget && kWrite && inside ? row.a[row.skip] : T(0);
+  const T ay_low = kTarget && kWrite && inside ? row.a_low[row.skip] : T(0);
+  if (kKL && inside) {  // The target's column is compared apart, in double; here q = 0 and log r - log q is next to nothing.
+    row.q[row.skip] = T(0);
+    row.z[row.skip] = T(row.s[row.skip] + tops - offset * p.temperature);
+  }
   double kl = 0;
   for (int64_t c = 0; c < row.n; c += kChunk) {
     const int64_t len = std::min(kChunk, row.n - c);
-    T* z = row.z + c;
+    T *z = row.z + c, *a = row.a + c, *a_low = row.a_low + c;
     const T *s = row.s + c, *q = row.q + c;
-    T* a = row.a + c;
     Vec<T> kl_sum{T(0)}, spread{T(0)};
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
       const Vec<T> zi = load(z + i, lanes);
@@ -182,8 +186,13 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
         }
         if constexpr (kTarget) {
           const Vec<T> d = x + shift;
-          if constexpr (kWrite) store(at::vec::fmadd(g.neg(), d, load(a + i, lanes)), a + i, lanes);
-          else spread = at::vec::fmadd(qi.neg(), d, spread);
+          if constexpr (kWrite) {  // Kahan's sum: a frequent word has hundreds of tokens
+            const Vec<T> old = load(a + i, lanes), term = at::vec::fmadd(g.neg(), d, load(a_low + i, lanes)), sum = old + term;
+            store(term - (sum - old), a_low + i, lanes);
+            store(sum, a + i, lanes);
+          } else {
+            spread = at::vec::fmadd(qi.neg(), d, spread);
+          }
         }
         kl_sum = kl_sum + excess;
       }
@@ -202,12 +211,16 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   }
   if constexpr (kKL) {
     if (inside) {
-      const double x = ((token.zy_exact - teacher->self) - tops) * inv_t + offset, q = row.q[row.skip];
-      const Divergence d = divergence(q, x, (token.zy_exact - token.max_all) * inv_t - token.log_sum_t);
+      const double x = ((token.zy_exact - teacher->self) - tops) * inv_t + offset;
+      const Divergence d = divergence(qy, x, (token.zy_exact - token.max_all) * inv_t - token.log_sum_t);
       zy_share = d.r_minus_q * coef_r;
       kl += d.excess;
-      if constexpr (kTarget && kWrite) row.a[row.skip] -= T(row.g * x);
-      if constexpr (kTarget && !kWrite) token.spread -= q * x;
+      row.q[row.skip] = qy;
+      if constexpr (kTarget && kWrite) {
+        const double sum = (double(ay) + double(ay_low)) - row.g * (x + T(center));
+        row.a[row.skip] = T(sum), row.a_low[row.skip] = T(sum - double(T(sum)));
+      }
+      if constexpr (kTarget && !kWrite) token.spread -= qy * (x + T(center));
     }
     token.kl += kl;
   }
@@ -257,7 +270,7 @@ void write_target_gradient(T* s, const T* q, const T* a, int64_t n, const LossPa
 }
 
 template <typename T>
-void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientFn<T> gradient, int64_t n, int64_t u, const T* q, T* a) {
+void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientFn<T> gradient, int64_t n, int64_t u, T* q, T* a) {
   T* z = t.z + n * t.ldz;
   TokenState& token = t.token[n];
   const int64_t skip = t.y[n] - t.v0;
@@ -276,7 +289,7 @@ void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientF
   if (write || (kl && (stages & kDivergence))) {
     const double known = token.kl;
     const T* s = kl ? t.s + u * t.lds : z;
-    gradient({z, s, q ? q : z, a ? a : z, t.cols, skip, write ? t.g[n] : 0.0, double(t.n_vocab)}, p, kl ? t.teacher + u : nullptr, token);
+    gradient({z, s, q ? q : z, a ? a : z, a ? a + t.cols : z, t.cols, skip, write ? t.g[n] : 0.0, double(t.n_vocab)}, p, kl ? t.teacher + u : nullptr, token);
     if (!(stages & kDivergence)) token.kl = known;
   }
 }
@@ -290,7 +303,7 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
   const int64_t items = target ? t.targets : t.rows;
   at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     T* q = compare ? t.q + at::get_thread_num() * t.cols : nullptr;
-    T* a = target ? t.a + at::get_thread_num() * t.cols : nullptr;
+    T* a = target ? t.a + 2 * at::get_thread_num() * t.cols : nullptr;
     const int64_t first = target ? t.group[begin] : begin, last = target ? t.group[end] : end;
     int64_t u = kl ? std::upper_bound(t.group, t.group + t.targets + 1, first) - t.group - 1 : 0;
     const bool whole = t.cols == t.n_vocab;
@@ -299,7 +312,7 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
     for (int64_t n = first; n < last; ++n) {
       if (kl && n >= t.group[u + 1]) ++u, fresh = true;
       if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, t.y[n] - t.v0, T(1.0 / p.temperature), t.teacher[u], q);
-      if (target && fresh) std::fill_n(a, t.cols, T(0)), mean = 0;
+      if (target && fresh) std::fill_n(a, 2 * t.cols, T(0)), mean = 0;
       fresh = false;
       token_row(t, p, stages, gradient, n, u, q, a);
       if (!target) continue;

@@ -18,7 +18,8 @@ namespace tiedkl::cpu {
 
 namespace {
 
-constexpr int64_t kDepth = 512;                        // of k per call
+constexpr int64_t kDepth = 512;                        // of k per call with a packed operand
+constexpr int64_t kSumDepth = 256;                     // and without: d_h sums over the vocabulary, and shorter sums round less
 constexpr int64_t kRows = 128, kCols = 128;            // of a block of c
 constexpr int64_t kPackedRows = 32, kPackedCols = 64;  // of a panel of the transposed operand
 constexpr int64_t kFew = 8;                            // rows of c up to which a BLAS is as fast, and adds up in better order
@@ -52,8 +53,9 @@ void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Ope
   const bool pack_b = b.col_stride != 1 || b.row_stride < n, pack_a = !pack_b && (a.col_stride != 1 || a.row_stride < k);
   const int64_t rows = pack_a ? kPackedRows : ceil_div(m, ceil_div(m, kRows)), cols = pack_b ? kPackedCols : pack_a ? 2 * kCols : kCols;
   const int64_t row_blocks = ceil_div(m, rows), col_blocks = ceil_div(n, cols);
+  const int64_t step = pack_a || pack_b ? kDepth : kSumDepth;
   const auto multiply = [&](int64_t i, int64_t j, int64_t k0, const float* left, int64_t lda, const float* right, int64_t ldb) {
-    at::native::cpublas::brgemm(std::min(rows, m - i), std::min(cols, n - j), std::min(kDepth, k - k0), lda, ldb, ldc, add || k0 > 0, left,
+    at::native::cpublas::brgemm(std::min(rows, m - i), std::min(cols, n - j), std::min(step, k - k0), lda, ldb, ldc, add || k0 > 0, left,
                                 right, c + i * ldc + j, false);
   };
   // Work is split along the packed operand, so that each panel is packed once.
@@ -61,8 +63,8 @@ void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Ope
   at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     float* panel = scratch + at::get_thread_num() * kF32GemmScratch;
     for (int64_t x = begin; x < end; ++x) {
-      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-        const int64_t depth = std::min(kDepth, k - k0);
+      for (int64_t k0 = 0; k0 < k; k0 += step) {
+        const int64_t depth = std::min(step, k - k0);
         if (pack_a) {
           const int64_t i = x * rows;
           at::vec::transpose_mxn<float>(a.data + i + k0 * a.col_stride, a.col_stride, panel, kDepth, depth, std::min(rows, m - i));

@@ -27,9 +27,11 @@ else:
     MISSING = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Not measured on a GPU yet. G in the input dtype; every token may have a target of its own.
+# Not measured on a GPU yet. G in the input dtype and a 64th of it in running sums; every token may have a target of its
+# own. Rows of h and w are read where they are.
+SUMS = 1 / 64
 FULL = Tuning(
-    z_buffers=1,
+    z_buffers=1 + SUMS,
     s_buffers=1,
     row_buffers=0,
     token_block=0,
@@ -39,8 +41,10 @@ FULL = Tuning(
     targets_per_token=1.0,
     widened=0,
     delta_buffers=2,
+    row_copies=False,
+    vocab_multiple=128,  # whole tiles, and rows of G that start at 16 bytes
 )
-HALF = replace(FULL, z_buffers=0.5, delta_buffers=1.5)
+HALF = replace(FULL, z_buffers=0.5 + SUMS, delta_buffers=1.5)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

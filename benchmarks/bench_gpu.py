@@ -85,7 +85,8 @@ class Shape:
         for kl in (True, False):
             right = truth(self.h[:few], self.w, y, kl)
             self.d_h[kl] = right["dh"] * few / self.n  # of the same tokens in the mean over all
-            for name in [n for n in self.alive if self.table[n].kl == kl]:
+            # Compiled ones would be compiled for this size too: the full call has to do.
+            for name in [n for n in self.alive if self.table[n].kl == kl and not self.table[n].compiled]:
                 h = self.h.detach()[:few].clone().requires_grad_()
 
                 def errors(name: str = name, h: Tensor = h, right: dict[str, Tensor] = right) -> dict[str, float]:

@@ -30,8 +30,8 @@ class Row(NamedTuple):
 
 SAFE = Row(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))  # anything else, AMD included
 TILES = {  # (architecture, bytes per element)
-    ("sm_80", 2): Row(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    ("sm_80", 4): Row(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+    ("sm_80", 4): Row(Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 4, 3)),
     ("sm_90", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
     ("sm_90", 4): Row(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),

@@ -28,6 +28,7 @@ FP_CONTRACT = "-ffp-contract=off"
 # Sources compiled for instruction sets of their own, among which csrc/cpu/dispatch.cpp picks at run time: one object
 # each, in a folder of its own. ATen's vector headers choose their instruction set by macros that come with these flags,
 # so a target attribute on a function would not do.
+SOURCES = ("bindings", "driver", "token_blocks", "target_logits", "cpu/dispatch")
 ROW_KERNELS = "csrc/cpu/row_kernels.cpp"
 GEMM_F32, GEMM_BF16 = "csrc/cpu/gemm_f32.cpp", "csrc/cpu/gemm_bf16.cpp"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -161,7 +162,7 @@ def extension_options() -> dict[str, Any]:
     compile_flags, link_flags = cpu_flags()
     cpu = CppExtension(
         "tiedkl._C",
-        sources=["csrc/bindings.cpp", "csrc/driver.cpp", "csrc/token_blocks.cpp", "csrc/cpu/dispatch.cpp"],
+        sources=[f"csrc/{name}.cpp" for name in SOURCES],
         extra_compile_args=compile_flags,
         extra_link_args=link_flags,
         optional=True,

@@ -2,6 +2,7 @@
 #include <torch/extension.h>
 
 #include "cpu/gemm_bf16.h"
+#include "cpu/gemm_f32.h"
 #include "cpu/row_kernels.h"
 #include "driver.h"
 
@@ -42,6 +43,7 @@ pybind11::dict build_info() {
   info["compiler"] = __VERSION__;
   info["capability"] = tiedkl::cpu::row_kernel_capability();
   info["bf16_products"] = tiedkl::cpu::bf16_gemm_available();
+  info["f32_products"] = tiedkl::cpu::f32_gemm_available();
   return info;
 }
 
@@ -53,5 +55,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::arg("b"), pybind11::arg("t"), pybind11::arg("g"), pybind11::arg("temperature"), pybind11::arg("alpha"),
         pybind11::arg("label_smoothing"), pybind11::arg("z_loss"), pybind11::arg("softcap"), pybind11::arg("target_grad"),
         pybind11::arg("needs"), pybind11::arg("blocks"));
-  m.def("build_info", &build_info, "Compiler, torch version at build time, instruction set in use, and whether bfloat16 is multiplied as it is");
+  m.def("build_info", &build_info, "Compiler, torch version at build time, instruction set in use, whether bfloat16 is multiplied as it is and float32 past the BLAS");
 }

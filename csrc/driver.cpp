@@ -15,12 +15,15 @@
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_f32.h"
 #include "cpu/row_kernels.h"
+#include "target_logits.h"
 #include "token_blocks.h"
 
 namespace tiedkl {
 namespace {
 
 using at::Tensor;
+
+constexpr int64_t kFewTargets = 8;
 
 // Uninitialised, on huge pages where the system offers them: blocks live for one call, so that page faults are a measurable part
 // of it, and their rows are a vocabulary apart, so that small pages thrash the TLB.
@@ -129,7 +132,7 @@ class Walk {
       q_ = at::empty({threads, width}, acc_);
     }
     if (teacher_grad_) {
-      a_ = at::empty({threads, width}, acc_);
+      a_ = at::empty({threads, 2, width}, acc_);
       d_u_ = at::empty({targets, t.size(1)}, acc_);
     }
     outputs_ = at::empty({3, rows}, acc_);
@@ -169,6 +172,7 @@ class Walk {
     }
     token_.assign(rows, TokenState{});
     teacher_.assign(targets, TeacherState{});
+    if (kl_) target_logits(block, order.data(), p_.h, p_.w, p_.b, p_.t ? *p_.t : p_.w, params_.softcap, token_.data(), teacher_.data());
   }
 
   void save(const Block& block, const std::vector<int64_t>& order) {
@@ -251,7 +255,11 @@ class Walk {
       const Tensor d_s = s_.slice(1, a - at, b - at);
       Tensor d_t = (p_.t ? out_.d_t : out_.d_w).slice(0, a, b);
       multiply(d_t, d_s.t(), u_, p_.t ? first_ : false);
-      multiply(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      if (s_.size(0) < kFewTargets) {
+        multiply_in_double(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      } else {
+        multiply(d_u, d_s, t_.rows(a, b), first_columns && a == v0);
+      }
     }
   }
 
@@ -268,12 +276,24 @@ class Walk {
     }
     if constexpr (std::is_same_v<T, float>) {
       const auto operand = [](const Tensor& a) { return cpu::F32Operand{a.const_data_ptr<float>(), a.stride(0), a.stride(1)}; };
-      if (f32_ && cpu::f32_gemm_prefers(n, k, operand(x), operand(y))) {
+      if (f32_ && cpu::f32_gemm_prefers(m, n, k, operand(x), operand(y))) {
         cpu::f32_gemm(m, n, k, operand(x), operand(y), out.mutable_data_ptr<float>(), out.stride(0), !first, packed_.mutable_data_ptr<float>());
         return;
       }
     }
     at::addmm_out(out, out, x, y, first ? 0 : 1);
+  }
+
+  // The same for few rows, added up in double: eager has a sum over the vocabulary for every token, and the mean of their roundings;
+  // a target that many tokens share has one sum.
+  static void multiply_in_double(Tensor& out, const Tensor& x, const Tensor& y, bool first) {
+    Tensor sum = first ? at::zeros(out.sizes(), out.options().dtype(at::kDouble)) : out.to(at::kDouble);
+    const int64_t step = 1 + (int64_t(1) << 16) / (1 + y.size(1));  // of the copies
+    for (int64_t k = 0; k < y.size(0); k += step) {
+      const int64_t end = std::min(k + step, y.size(0));
+      sum.addmm_(x.slice(1, k, end).to(at::kDouble), y.slice(0, k, end).to(at::kDouble));
+    }
+    out.copy_(sum);
   }
 
   // After every column of d_w (or d_t) holds this block's share: the rows of the targets themselves.

@@ -37,6 +37,7 @@ struct TokenState {
   double weighted = 0;                             // sum e^(z - m) (z - m)
   double total = 0;                                // sum z, over all columns (label smoothing only)
   double zy = 0;
+  double zy_exact = 0;  // to more digits than the block holds (target_logits.h), for the comparison with the similarities
   // Set by finish_token.
   double max_all = 0;     // max over all columns
   double inv_sum = 0;     // 1 / sum over all columns of e^(z - max_all)
@@ -58,12 +59,16 @@ TIEDKL_HD void rebase(TokenState& s, double m, double inv_t) {
   s.m = m;
 }
 
-// Running sums of one row of similarities t[u] . t[v] (not yet divided by tau), relative to its running maximum.
+// Running sums of one row of similarities t[u] . t[v] (not yet divided by tau) over v != u, relative to the running maximum.
 struct TeacherState {
-  double m = -std::numeric_limits<float>::max();
-  double sum = 0;  // sum e^((s - m)/tau)
+  double m = -std::numeric_limits<float>::max();  // over the columns so far, that of u included
+  double sum = 0;     // sum e^((s - m)/tau)
+  double self = 0;    // t[u] . t[u] to more digits than the block holds (target_logits.h)
   int64_t peak = -1;  // column of the maximum (target_grad only)
 };
+
+// The sum over all columns.
+TIEDKL_HD double total(const TeacherState& s, double inv_t) { return s.sum + std::exp((s.self - s.m) * inv_t); }
 
 TIEDKL_HD void rebase(TeacherState& s, double m, double inv_t) {
   s.sum *= std::exp((s.m - m) * inv_t);
@@ -74,7 +79,8 @@ struct TokenTerms {
   double ce, entropy, correct;
 };
 
-// Close the sums over one row of n_vocab columns. The sums are merged with the target column here.
+// Close the sums over one row of n_vocab columns. The sums are merged with the target column here; the maxima stay numbers that the
+// block holds, so that they cancel in it.
 TIEDKL_HD TokenTerms finish_token(TokenState& s, const LossParams& p, double n_vocab) {
   const bool correct = s.zy >= s.m;
   const double inv_t = 1.0 / p.temperature;
@@ -87,7 +93,7 @@ TIEDKL_HD TokenTerms finish_token(TokenState& s, const LossParams& p, double n_v
   s.inv_sum = 1.0 / sum;
   s.not_target = s.sum / sum;
   s.lse = max_all + log_sum;
-  const double sum_t = s.sum_t + std::exp((s.zy - max_all) * inv_t);
+  const double sum_t = s.sum_t + std::exp((s.zy_exact - max_all) * inv_t);
   s.inv_sum_t = 1.0 / sum_t;
   s.log_sum_t = std::log(sum_t);
   const double eps = p.label_smoothing;
@@ -104,14 +110,15 @@ TIEDKL_HD double target_gradient(const TokenState& s, const LossParams& p, doubl
 }
 
 struct Divergence {
-  double excess;     // q (delta + expm1(-delta)), >= 0
-  double r_minus_q;  // q expm1(-delta)
+  double excess;     // q (expm1(x) - x), >= 0
+  double r_minus_q;  // q expm1(x)
 };
 
-// One column's r - q, from delta = log q - log r of any size. q expm1(-delta) does not cancel where r is close to q; where r is
-// the larger it would carry the rounding of delta, and overflow, so r itself is better.
-TIEDKL_HD double r_minus_q(double q, double delta, double log_r) {
-  return delta > -1.0 ? q * std::expm1(-delta) : std::exp(log_r) - q;
+// One column's, from x = log r - log q of any size. q expm1(x) does not cancel where r is close to q; where r is the larger it would
+// carry the rounding of x, and overflow, so r itself is better.
+TIEDKL_HD Divergence divergence(double q, double x, double log_r) {
+  const double r_minus_q = x < 1.0 ? q * std::expm1(x) : std::exp(log_r) - q;
+  return {q == 0.0 ? r_minus_q : r_minus_q - q * x, r_minus_q};
 }
 
 }  // namespace tiedkl

@@ -87,7 +87,7 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
     if target_grad:
         columns += tuning.delta_buffers * tokens
     if kl:
-        columns += tuning.s_buffers * targets + tuning.row_buffers * shape.threads * (2 if target_grad else 1)
+        columns += tuning.s_buffers * targets + tuning.row_buffers * shape.threads * (3 if target_grad else 1)
     if kl and tuning.shared_rows:
         tokens, targets = tokens + targets, (tokens + targets) // 2  # the most there can be of either
     rows = tokens * shape.width * (2 if shape.grad else 1) if tuning.row_copies else 0  # gathered h, and its gradient
@@ -143,7 +143,7 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
         columns = min(v, tuning.min_vocab_block)
         tokens = even(_largest(n, lambda c: fits(c, columns)))
-        # With token blocks the choice above stands: it is monotone in the budget.
+        # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.
         vocab = _largest(max(1, v - 1) if tuning.token_block else v, lambda b: fits(tokens, b))
         if tuning.vocab_multiple < vocab < v:
             vocab -= vocab % tuning.vocab_multiple

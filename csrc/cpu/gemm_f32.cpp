@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kDepth = 512;                        // of k per call
 constexpr int64_t kRows = 128, kCols = 128;            // of a block of c
 constexpr int64_t kPackedRows = 32, kPackedCols = 64;  // of a panel of the transposed operand
+constexpr int64_t kFew = 8;                            // rows of c up to which a BLAS is as fast, and adds up in better order
 constexpr int64_t kWide = 256;                         // columns of c from which MKL is slower where nothing but G^T lies transposed
 static_assert(kDepth * std::max(kPackedRows, kPackedCols) <= kF32GemmScratch);
 
@@ -40,7 +41,8 @@ bool AVX512::brgemm_works() {
   return product == 1.0f;
 }
 
-bool f32_gemm_prefers(int64_t n, int64_t k, const F32Operand& a, const F32Operand& b) {
+bool f32_gemm_prefers(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b) {
+  if (m < kFew) return false;
   const bool a_lies = a.col_stride == 1 && a.row_stride >= k, b_lies = b.col_stride == 1 && b.row_stride >= n;
   if (b_lies) return n >= kWide && (a_lies || a.row_stride == 1);
   return a_lies && b.row_stride == 1;
@@ -82,7 +84,7 @@ void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Ope
 #else  // torch is older than the micro-kernel
 
 bool AVX512::brgemm_works() { return false; }
-bool f32_gemm_prefers(int64_t, int64_t, const F32Operand&, const F32Operand&) { return false; }
+bool f32_gemm_prefers(int64_t, int64_t, int64_t, const F32Operand&, const F32Operand&) { return false; }
 void f32_gemm(int64_t, int64_t, int64_t, const F32Operand&, const F32Operand&, float*, int64_t, bool, float*) {}
 
 #endif

@@ -17,7 +17,7 @@ struct F32Operand {
 bool f32_gemm_available();
 
 // Whether f32_gemm takes these operands and beats MKL with them: one of them may lie transposed.
-bool f32_gemm_prefers(int64_t n, int64_t k, const F32Operand& a, const F32Operand& b);
+bool f32_gemm_prefers(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b);
 
 // A panel of the transposed operand, one per thread.
 constexpr int64_t kF32GemmScratch = 512 * 64;

@@ -45,8 +45,9 @@ void prepare(T* z, const T* bias, int64_t n, double softcap) {
 }
 
 template <typename T>
-void teacher_row(const T* s, int64_t n, int64_t v0, const LossParams& p, TeacherState& state) {
+void teacher_row(T* s, int64_t n, int64_t v0, int64_t self, const LossParams& p, TeacherState& state) {
   const T inv_t = T(1.0 / p.temperature);
+  const bool inside = self >= 0 && self < n;
   for (int64_t c = 0; c < n; c += kChunk) {
     const int64_t len = std::min(kChunk, n - c);
     const double top = row_max(s + c, len);
@@ -56,22 +57,28 @@ void teacher_row(const T* s, int64_t n, int64_t v0, const LossParams& p, Teacher
     }
     const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
     Vec<T> sum{T(0)};
+    const bool apart = inside && self >= c && self < c + len;
+    const T saved = apart ? s[self] : T(0);
+    if (apart) s[self] = std::numeric_limits<T>::lowest();
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
       const Vec<T> d = at::vec::clamp_min((load(s + c + i, lanes) - m) * it, floor);
       sum = sum + keep(exp_bounded(d), T(0), lanes);
     });
+    if (apart) s[self] = saved;
     state.sum += lane_sum(sum);
   }
 }
 
 // The similarity target of one row: q = e^((s - m)/tau) / sum.
 template <typename T>
-void teacher_probabilities(const T* s, int64_t n, T inv_t, const TeacherState& state, T* q) {
-  const Vec<T> m{T(state.m)}, it{inv_t}, inv{T(1.0 / state.sum)}, floor{T(kFloor)};
+void teacher_probabilities(const T* s, int64_t n, int64_t self, T inv_t, const TeacherState& state, T* q) {
+  const double sum = total(state, inv_t);
+  const Vec<T> m{T(state.m)}, it{inv_t}, inv{T(1.0 / sum)}, floor{T(kFloor)};
   for_vectors<T>(n, [&](int64_t i, auto lanes) {
     const Vec<T> d = at::vec::clamp_min((load(s + i, lanes) - m) * it, floor);
     store(exp_bounded(d) * inv, q + i, lanes);
   });
+  if (self >= 0 && self < n) q[self] = T(std::exp((state.self - state.m) * inv_t) / sum);
 }
 
 // Add columns [0, n) of one row to its state; `skip` (the target's column) is left out when it lies inside.
@@ -116,8 +123,9 @@ template <typename T>
 struct GradientRow {
   T* z;            // (n) logits in, G out
   const T* s;      // (n) similarities; s and q are unused without KL
-  const T* q;      // (n)
+  T* q;            // (n) as it was on return
   T* a;            // (n) sum over one target's tokens of g (delta - center)
+  T* a_low;        // (n) what a's roundings lost
   int64_t n, skip;  // skip: the target's column, or outside [0, n)
   double g, n_vocab;
 };
@@ -132,7 +140,7 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   // x = log r - log q = ((z - s) - (max z - max s))/tau + (log sum_s - log sum_t): in this order the roundings of the dominant
   // column cancel, however large it is.
   const double tops = kKL ? token.max_all - teacher->m : 0.0;
-  const double offset = kKL ? std::log(teacher->sum) - token.log_sum_t : 0.0;
+  const double offset = kKL ? std::log(total(*teacher, inv_t)) - token.log_sum_t : 0.0;
   const Vec<T> m{T(token.max_all)}, it{T(inv_t)}, cp{T(coef_p)}, cp_low{T(coef_p - double(T(coef_p)))}, cr{T(coef_r)}, eps{T(-constant)}, top{T(tops)}, off{T(offset)},
       off_low{T(offset - double(T(offset)))};  // roundings common to a row add up in the products with w
   const Vec<T> middle{T(0.5 * (1.0 + kLowest))}, reach{T(0.5 * (1.0 - kLowest))}, lowest_x{T(kLowest)};
@@ -144,12 +152,17 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
   const bool inside = row.skip >= 0 && row.skip < row.n;
   double zy_share = 0.0;  // (alpha/tau)(r - q) at the target
   const T zy = inside ? row.z[row.skip] : T(0);
+  const T qy = kKL && inside ? row.q[row.skip] : T(0), ay = kTarget && kWrite && inside ? row.a[row.skip] : T(0);
+  const T ay_low = kTarget && kWrite && inside ? row.a_low[row.skip] : T(0);
+  if (kKL && inside) {  // The target's column is compared apart, in double; here q = 0 and log r - log q is next to nothing.
+    row.q[row.skip] = T(0);
+    row.z[row.skip] = T(row.s[row.skip] + tops - offset * p.temperature);
+  }
   double kl = 0;
   for (int64_t c = 0; c < row.n; c += kChunk) {
     const int64_t len = std::min(kChunk, row.n - c);
-    T* z = row.z + c;
+    T *z = row.z + c, *a = row.a + c, *a_low = row.a_low + c;
     const T *s = row.s + c, *q = row.q + c;
-    T* a = row.a + c;
     Vec<T> kl_sum{T(0)}, spread{T(0)};
     for_vectors<T>(len, [&](int64_t i, auto lanes) {
       const Vec<T> zi = load(z + i, lanes);
@@ -173,8 +186,13 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
         }
         if constexpr (kTarget) {
           const Vec<T> d = x + shift;
-          if constexpr (kWrite) store(at::vec::fmadd(g.neg(), d, load(a + i, lanes)), a + i, lanes);
-          else spread = at::vec::fmadd(qi.neg(), d, spread);
+          if constexpr (kWrite) {  // Kahan's sum: a frequent word has hundreds of tokens
+            const Vec<T> old = load(a + i, lanes), term = at::vec::fmadd(g.neg(), d, load(a_low + i, lanes)), sum = old + term;
+            store(term - (sum - old), a_low + i, lanes);
+            store(sum, a + i, lanes);
+          } else {
+            spread = at::vec::fmadd(qi.neg(), d, spread);
+          }
         }
         kl_sum = kl_sum + excess;
       }
@@ -192,12 +210,21 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
     if constexpr (kTarget && !kWrite) token.spread += lane_sum(spread);
   }
   if constexpr (kKL) {
-    if (p.alpha != 0.0) token.kl += kl;
     if (inside) {
-      const double x = ((double(zy) - double(row.s[row.skip])) - tops) * inv_t + offset;
-      zy_share = r_minus_q(row.q[row.skip], -x, (zy - token.max_all) * inv_t - token.log_sum_t) * coef_r;
+      const double x = ((token.zy_exact - teacher->self) - tops) * inv_t + offset;
+      const Divergence d = divergence(qy, x, (token.zy_exact - token.max_all) * inv_t - token.log_sum_t);
+      zy_share = d.r_minus_q * coef_r;
+      kl += d.excess;
+      row.q[row.skip] = qy;
+      if constexpr (kTarget && kWrite) {
+        const double sum = (double(ay) + double(ay_low)) - row.g * (x + T(center));
+        row.a[row.skip] = T(sum), row.a_low[row.skip] = T(sum - double(T(sum)));
+      }
+      if constexpr (kTarget && !kWrite) token.spread -= qy * (x + T(center));
     }
+    token.kl += kl;
   }
+  if (!kWrite && kKL && inside) row.z[row.skip] = zy;
   if (kWrite && inside) {
     const double u = kCap ? zy / p.softcap : 0.0;
     row.z[row.skip] = T((row.g * target_gradient(token, p, row.n_vocab) + zy_share) * (1.0 - u * u));
@@ -219,7 +246,7 @@ GradientFn<T> select_gradient(const LossParams& p, bool write) {
 template <typename T>
 void teacher_stats(const Tile<T>& t, const LossParams& p) {
   at::parallel_for(0, t.targets, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, t.v0, p, t.teacher[u]);
+    for (int64_t u = begin; u < end; ++u) teacher_row(t.s + u * t.lds, t.cols, t.v0, t.y[t.group[u]] - t.v0, p, t.teacher[u]);
   });
 }
 
@@ -243,7 +270,7 @@ void write_target_gradient(T* s, const T* q, const T* a, int64_t n, const LossPa
 }
 
 template <typename T>
-void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientFn<T> gradient, int64_t n, int64_t u, const T* q, T* a) {
+void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientFn<T> gradient, int64_t n, int64_t u, T* q, T* a) {
   T* z = t.z + n * t.ldz;
   TokenState& token = t.token[n];
   const int64_t skip = t.y[n] - t.v0;
@@ -262,7 +289,7 @@ void token_row(const Tile<T>& t, const LossParams& p, unsigned stages, GradientF
   if (write || (kl && (stages & kDivergence))) {
     const double known = token.kl;
     const T* s = kl ? t.s + u * t.lds : z;
-    gradient({z, s, q ? q : z, a ? a : z, t.cols, skip, write ? t.g[n] : 0.0, double(t.n_vocab)}, p, kl ? t.teacher + u : nullptr, token);
+    gradient({z, s, q ? q : z, a ? a : z, a ? a + t.cols : z, t.cols, skip, write ? t.g[n] : 0.0, double(t.n_vocab)}, p, kl ? t.teacher + u : nullptr, token);
     if (!(stages & kDivergence)) token.kl = known;
   }
 }
@@ -276,7 +303,7 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
   const int64_t items = target ? t.targets : t.rows;
   at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     T* q = compare ? t.q + at::get_thread_num() * t.cols : nullptr;
-    T* a = target ? t.a + at::get_thread_num() * t.cols : nullptr;
+    T* a = target ? t.a + 2 * at::get_thread_num() * t.cols : nullptr;
     const int64_t first = target ? t.group[begin] : begin, last = target ? t.group[end] : end;
     int64_t u = kl ? std::upper_bound(t.group, t.group + t.targets + 1, first) - t.group - 1 : 0;
     const bool whole = t.cols == t.n_vocab;
@@ -284,8 +311,8 @@ void token_rows(const Tile<T>& t, const LossParams& p, unsigned stages) {
     double mean = 0;  // sum q a of the current target
     for (int64_t n = first; n < last; ++n) {
       if (kl && n >= t.group[u + 1]) ++u, fresh = true;
-      if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, T(1.0 / p.temperature), t.teacher[u], q);
-      if (target && fresh) std::fill_n(a, t.cols, T(0)), mean = 0;
+      if (compare && fresh) teacher_probabilities(t.s + u * t.lds, t.cols, t.y[n] - t.v0, T(1.0 / p.temperature), t.teacher[u], q);
+      if (target && fresh) std::fill_n(a, 2 * t.cols, T(0)), mean = 0;
       fresh = false;
       token_row(t, p, stages, gradient, n, u, q, a);
       if (!target) continue;

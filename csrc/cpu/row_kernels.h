@@ -27,7 +27,7 @@ struct Tile {
   T* entropy;
   T* correct;
   T* q;  // scratch (threads, cols): one row of the similarity target
-  T* a;  // scratch (threads, cols): sum of g (delta - center) over one target's tokens (target_grad only)
+  T* a;  // scratch (threads, 2, cols): sum of g (delta - center) over one target's tokens, high and low parts (target_grad only)
 };
 
 // What to do with each row; a whole-vocabulary block does all of it while the row is in cache.

@@ -104,6 +104,54 @@ def test_products_larger_than_any_block_of_theirs(name: str) -> None:
         check(p, Needs(True, True), blocks, 3e-5, GRADIENT[torch.bfloat16])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["default", "everything"])
+def test_wide_products(name: str, dtype: torch.dtype) -> None:
+    # csrc/cpu/gemm_f32.cpp: from 256 columns and 8 rows on; blocks of 128 rows, 512 steps
+    p = problem(141, 619, 523, OPTIONS[name], dtype, extras=False)
+    p.h.div_(16)
+    for blocks in (BLOCKS[0], (59, 30, 271, 100), (6, 2, 619, 619)):
+        check(p, Needs(True, True), blocks, 3e-5)
+
+
+def test_wide_products_of_any_stride() -> None:
+    p = problem(33, 257, 260, EVERYTHING, torch.float32)
+    p.h.div_(16)
+    assert p.t is not None
+    layouts = (
+        (p.w.T.contiguous().T, p.t.T.contiguous().T),
+        (torch.stack((p.w, p.w), -1)[..., 0], p.t),
+        (p.w[:1].expand(p.w.shape), p.t[:, :1].expand(p.t.shape)),
+        (torch.cat((p.w, p.w), 1)[:, : p.w.shape[1]], p.t),
+    )
+    for w, t in layouts:
+        strided = Problem(p.h.T.contiguous().T, w, p.y, p.b, t, p.options)
+        for blocks in (BLOCKS[0], (20, 9, 130, 70)):
+            check(strided, Needs(True, True, True, True), blocks, 1e-4)
+
+
+def test_blocks_share_their_rows_among_tokens_and_targets() -> None:
+    p = problem(40, 50, 6, OPTIONS["target_grad"], torch.float64, extras=False)
+    for y in (torch.arange(40), torch.full((40,), 7), torch.arange(40) // 9):
+        for rows in (2, 3, 17, 41, 80):
+            check(Problem(p.h, p.w, y, None, None, p.options), Needs(True, True), (rows - 1, 1, 50, 50), 1e-9)
+
+
+def test_a_small_kl_keeps_its_digits_where_logits_are_large() -> None:
+    g = torch.Generator().manual_seed(6)
+    w, y = torch.randn(300, 48, generator=g) * 0.8, torch.randint(300, (64,), generator=g)
+    h = w[y] + 0.01 * torch.randn(64, 48, generator=g)
+    p = Problem(h, w, y, None, None, Options(10.0, 1.0))
+    want = reference.forward(p.to(torch.float64)).kl
+    [terms, *_] = walk(p, None, Needs(), BLOCKS[0])
+    assert terms is not None
+    s, z = p.w[y] @ p.w.T, p.h @ p.w.T  # float32 products, exact from there on: off by 5e-5
+    log_q, log_r = (torch.log_softmax(x.double() / 10, -1) for x in (s, z))
+    rounded = (log_q.exp() * (log_q - log_r)).sum(-1)
+    assert float(((rounded - want) / want).abs().max()) > 2e-5
+    assert float(((terms[1].double() - want) / want).abs().max()) < 1e-5
+
+
 def test_bf16_weights_of_any_stride() -> None:
     p = problem(13, 31, 8, EVERYTHING, torch.bfloat16)
     assert p.t is not None
@@ -203,6 +251,7 @@ def test_build_info() -> None:
     assert info["capability"] in ("DEFAULT", "AVX2", "AVX512")
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["bf16_products"] in (False, info["capability"] == "AVX512")
+    assert info["f32_products"] in (False, info["capability"] == "AVX512")
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])

@@ -1,4 +1,4 @@
-"""The specification as a backend: materialises several (N, V) matrices, runs anywhere."""
+"""The specification as a backend: in float64, materialising several (N, V) matrices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
 
 TUNING = Tuning(
-    z_buffers=12,
+    z_buffers=24,  # in float64
     s_buffers=0,
     row_buffers=0,
     token_block=1 << 62,
@@ -32,9 +32,13 @@ def tuning(dtype: torch.dtype) -> Tuning:
 
 def forward(problem: Problem, plan: Plan) -> Terms:
     """Per-token terms; the plan is ignored."""
-    return reference.forward(problem.to(problem.acc))
+    return Terms(*(x.to(problem.acc) for x in reference.forward(problem.to(torch.float64))))
 
 
 def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
     """Per-token terms and gradients; the plan is ignored."""
-    return reference.backward(problem.to(problem.acc), g, needs)
+    terms, grads = reference.backward(problem.to(torch.float64), g.double(), needs)
+    return (
+        Terms(*(x.to(problem.acc) for x in terms)),
+        Grads(*(None if d is None else d.to(problem.acc) for d in grads)),
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
-from ..reference import DELTA_DIRECT, RowSum, divergence, lse_difference
+from ..reference import DELTA_DIRECT, RowSum, divergence
 
 TUNING = Tuning(
     z_buffers=11,
@@ -26,8 +26,10 @@ TUNING = Tuning(
     min_token_block=32,  # products of fewer rows are slow, and less accurate
     min_vocab_block=512,
     panel=1 << 62,
+    targets_per_token=1.0,  # rows of similarities are cheap beside the rest, and no block ends early
     block_bytes=16 << 20,
 )
+SMALL = {torch.float32: 1 / 16, torch.float64: 0.0}  # float64 has digits to spare
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: multiplication permutes the int64s
 
 
@@ -62,6 +64,8 @@ class _Block:
     h: Tensor  # (C, D)
     u: Tensor  # (Cw, D')
     g: Tensor | None  # (C, 1)
+    zy: Tensor  # (C,) wide: logits at the targets
+    self_s: Tensor  # (Cw,) wide: similarities of the targets to themselves
 
 
 def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[_Block]:
@@ -85,16 +89,44 @@ def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[_Block]:
         part = slice(first, last)
         ids, which = torch.unique_consecutive(y[part], return_inverse=True)
         tokens, targets = order[part].to(device), ids.to(device)
+        here = y[part].to(device)
+        h, u = problem.h[tokens].to(acc), problem.teacher[targets].to(acc)
         yield _Block(
             tokens=tokens,
             targets=targets,
             which=which.to(device),
-            y=y[part].to(device),
-            h=problem.h[tokens].to(acc),
-            u=problem.teacher[targets].to(acc),
+            y=here,
+            h=h,
+            u=u,
             g=None if g is None else g[tokens, None],
+            zy=_target_logits(problem, h, here),
+            self_s=_wide_dot(u, targets, problem.teacher),
         )
         first = last
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
+
+
+def _wide_dot(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """x_i . w[ids_i], (C,) wide, in pieces of about a megabyte; x (C, D), w (V, D)."""
+    wide, rows = _wide(x.device), 1 + (1 << 16) // (1 + x.shape[1])
+    pairs = zip(x.split(rows), ids.split(rows), strict=True)
+    return torch.cat([torch.linalg.vecdot(a.to(wide), w[i].to(wide)) for a, i in pairs])
+
+
+def _target_logits(p: Problem, h: Tensor, y: Tensor) -> Tensor:
+    """Logits at the targets, (C,) wide.
+
+    KL depends on their small difference from the targets' similarities to themselves where the prediction is good: from
+    two products in the accumulation dtype it would be off by the roundings of both.
+    """
+    z = _wide_dot(h, y, p.w)
+    if p.b is not None:
+        z = z + p.b[y]
+    c = p.options.softcap
+    return c * torch.tanh(z / c) if c else z
 
 
 class _Walk:
@@ -123,7 +155,7 @@ class _Walk:
                 z += p.b[columns]
             if o.softcap:
                 z.div_(o.softcap).tanh_().mul_(o.softcap)
-            s = (block.u @ p.teacher[columns].to(p.acc).T).div_(o.temperature) if o.alpha else None
+            s = block.u @ p.teacher[columns].to(p.acc).T if o.alpha else None
             yield columns, z, s
 
     def block(self, block: _Block) -> None:
@@ -135,16 +167,17 @@ class _Walk:
         rows.finish()
         # The target gradient needs each token's KL before its first column is written, as does a loss without gradient.
         if o.alpha and (self.g is None or self.target_grad):
-            for _, z, s in tiles or self.tiles(block):
+            for columns, z, s in tiles or self.tiles(block):
                 assert s is not None
-                rows.kl += rows.divergence(z, s)[0]
+                rows.kl += rows.divergence(z, s, columns)[0]
                 if self.target_grad:
-                    q = rows.target(s)
-                    rows.mean_delta += torch.where(q > 0, q * rows.delta(z, s), 0.0).sum(-1)
+                    q = rows.target(s, columns)
+                    rows.mean_delta += torch.where(q > 0, q * rows.delta(z, s, columns), 0.0).sum(-1)
         if self.g is not None:
             for columns, z, s in tiles or self.tiles(block):
                 self.gradients(block, rows, columns, z, s)
-        self.terms[:, block.tokens] = torch.stack([rows.ce, rows.kl, rows.l1, rows.entropy, rows.correct])
+        terms = (rows.ce, rows.kl, rows.l1, rows.entropy, rows.correct)
+        self.terms[:, block.tokens] = torch.stack([x.to(p.acc) for x in terms])
 
     def gradients(self, block: _Block, rows: _Rows, columns: slice, z: Tensor, s: Tensor | None) -> None:
         """Add one vocabulary block's share of every gradient; z is overwritten."""
@@ -153,18 +186,15 @@ class _Walk:
         share = None
         if s is not None:
             if self.target_grad:
-                self.target_gradients(block, rows, columns, rows.target(s), rows.delta(z, s))
-            kl, share = rows.divergence(z, s)
+                self.target_gradients(block, rows, columns, rows.target(s, columns), rows.delta(z, s, columns))
+            kl, share = rows.divergence(z, s, columns)
             if not self.target_grad:
                 rows.kl += kl
-            share.mul_(o.alpha / o.temperature)
+            share.mul_(block.g * (o.alpha / o.temperature))
         cap = 1 - (z / o.softcap) ** 2 if o.softcap else None
-        grad = rows.cross_entropy_gradient(z, columns)
-        if share is not None:
-            grad += share
+        grad = rows.gradient(z, share, columns)
         if cap is not None:
             grad *= cap
-        grad *= block.g
         if "h" in d:
             d["h"][block.tokens] += grad @ p.w[columns].to(p.acc)
         if "w" in d:
@@ -185,6 +215,27 @@ class _Walk:
         d_t.index_add_(0, block.targets, per_target @ p.teacher[columns].to(p.acc))
 
 
+def _inside(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which of `ids` lie in `columns`, and their places there."""
+    local = ids - columns.start
+    rows = ((local >= 0) & (local < columns.stop - columns.start)).nonzero()[:, 0]
+    return rows, local[rows]
+
+
+def _expm1_excess(x: Tensor) -> Tensor:
+    """expm1(x) - x for |x| < DELTA_DIRECT; a series in rows of small x, where the two would cancel."""
+    small = x.abs().amax(-1) < SMALL[x.dtype]
+    if bool(small.all()):
+        return _series(x)
+    rows = small.nonzero()[:, 0]
+    return torch.expm1(x).sub_(x).index_copy_(0, rows, _series(x[rows]))
+
+
+def _series(x: Tensor) -> Tensor:
+    """expm1(x) - x for |x| < SMALL, but for a relative error of x^4/360."""
+    return (x / 120).add_(1 / 24).mul_(x).add_(1 / 6).mul_(x).add_(1 / 2).mul_(x).mul_(x)
+
+
 class _Rows:
     """Statistics of a block's rows over all columns but the target's, merged over vocabulary blocks; each (C,)."""
 
@@ -198,16 +249,10 @@ class _Rows:
         self.ms = block.h.new_full((len(block.targets),), lowest)
         self.sum_s = torch.zeros_like(self.ms)
 
-    def at_target(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Rows whose target lies in `columns`, and its place there."""
-        local = self.block.y - columns.start
-        rows = ((local >= 0) & (local < columns.stop - columns.start)).nonzero()[:, 0]
-        return rows, local[rows]
-
     def add(self, columns: slice, z: Tensor, s: Tensor | None) -> None:
         """Merge one vocabulary block; z is unchanged on return."""
         o = self.o
-        rows, place = self.at_target(columns)
+        rows, place = _inside(self.block.y, columns)
         if o.label_smoothing:
             self.total += z.sum(-1)
         if s is not None:
@@ -233,67 +278,105 @@ class _Rows:
         if s is not None:
             self.sum_t += d.div_(o.temperature).exp_().sum(-1)
             ms = torch.maximum(self.ms, ms)
-            self.sum_s = self.sum_s * torch.exp(self.ms - ms) + torch.exp(s - ms[:, None]).sum(-1)
+            e = (s - ms[:, None]).div_(o.temperature).exp_()
+            e[_inside(self.block.targets, columns)] = 0  # added in `finish`
+            self.sum_s = self.sum_s * torch.exp((self.ms - ms) / o.temperature) + e.sum(-1)
             self.ms = ms
         z[rows, place] = zy
 
     def finish(self) -> None:
         """Close the sums: CE, entropy, log-sum-exps. Mirrors finish_token in csrc/row_math.h."""
-        o, v = self.o, self.p.w.shape[0]
+        o, v, wide = self.o, self.p.w.shape[0], self.block.zy.dtype
         self.correct = (self.zy >= self.m).to(self.m.dtype)
-        top = torch.maximum(self.m, self.zy)
-        shift = self.m - top
-        scale, at_y = shift.exp(), (self.zy - top).exp()
-        others = self.sum * scale
-        weighted = torch.where(scale > 0, scale * (self.weighted + shift * self.sum), 0.0)
+        self.top = torch.maximum(self.m, self.zy)
+        m, zy, total, top = (x.to(wide) for x in (self.m, self.zy, self.sum, self.top))
+        shift = m - top
+        scale, at_y = shift.exp(), (zy - top).exp()
+        others = total * scale
+        weighted = torch.where(scale > 0, scale * (self.weighted + shift * total), 0.0)
         log_sum = torch.where(self.correct > 0, torch.log1p(others), torch.log(others + at_y))
-        self.top, self.sum_all, self.not_target = top, others + at_y, others / (others + at_y)
         self.l1 = top + log_sum
-        self.ce = (1 - o.label_smoothing) * ((top - self.zy) + log_sum) + o.z_loss * self.l1**2
+        self.ce = (1 - o.label_smoothing) * ((top - zy) + log_sum) + o.z_loss * self.l1**2
         if o.label_smoothing:
             self.ce += o.label_smoothing * (self.l1 - self.total / v)
-        expected = weighted + torch.where(at_y > 0, at_y * (self.zy - top), 0.0)
-        self.entropy = log_sum - expected / self.sum_all
-        sum_t = self.sum_t * torch.exp(shift / o.temperature) + torch.exp((self.zy - top) / o.temperature)
-        which = self.block.which
-        self.sums = RowSum(self.ms[which, None], self.sum_s[which, None])
-        self.sums_t = RowSum((top / o.temperature)[:, None], sum_t[:, None])
-        self.tops, self.logs = lse_difference(self.sums, self.sums_t)
+        expected = weighted + torch.where(at_y > 0, at_y * (zy - top), 0.0)
+        self.entropy = log_sum - expected / (others + at_y)
+        not_y, grow = others / (others + at_y), 2 * o.z_loss * self.l1
+        self.coef_p = (1 + grow) / (others + at_y)
+        self.grad_y = (o.label_smoothing - not_y) + grow * (1 - not_y) - o.label_smoothing / v
+        if o.alpha:
+            self.finish_comparison(top, shift)
 
-    def target(self, s: Tensor) -> Tensor:
+    def finish_comparison(self, top: Tensor, shift: Tensor) -> None:
+        """The tempered sums, and the comparison of the distributions at the target; `top` is the rows' maximum."""
+        tau, which, zy, self_s = self.o.temperature, self.block.which, self.block.zy, self.block.self_s
+        sum_t = self.sum_t * torch.exp(shift / tau) + torch.exp((zy - top) / tau)
+        at_self = torch.exp((self_s - self.ms) / tau)
+        sum_s = self.sum_s + at_self
+        acc = self.top.dtype
+        self.sum_s = sum_s.to(acc)
+        self.sums = RowSum((self.ms / tau)[which, None], self.sum_s[which, None])
+        self.sums_t = RowSum((self.top / tau)[:, None], sum_t[:, None].to(acc))
+        logs = torch.log(sum_s)[which] - torch.log(sum_t)
+        self.tops, self.logs = (self.top - self.ms[which])[:, None], logs.to(acc)[:, None]
+        self.x_y = ((zy - top) - (self_s - self.ms)[which]) / tau + logs
+        self.q_self, q = (at_self / sum_s).to(acc), (at_self / sum_s)[which]
+        r_minus_q = torch.where(self.x_y < 1, q * torch.expm1(self.x_y), torch.exp((zy - top) / tau) / sum_t - q)
+        self.excess_y = (r_minus_q - torch.where(q > 0, q * self.x_y, 0.0)).to(acc)
+        self.grad_y += (self.o.alpha / tau) * r_minus_q
+
+    def target(self, s: Tensor, columns: slice) -> Tensor:
         """Target distribution q of every token, (C, B); computed once per distinct target."""
-        return torch.exp(s - self.ms[:, None]).div_(self.sum_s[:, None])[self.block.which]
+        q = (s - self.ms[:, None]).div_(self.o.temperature).exp_().div_(self.sum_s[:, None])
+        rows, place = _inside(self.block.targets, columns)
+        q[rows, place] = self.q_self[rows]
+        return q[self.block.which]
 
     def log_ratio(self, z: Tensor, s: Tensor) -> Tensor:
-        """log r - log q of one vocabulary block, (C, B); the small difference of the logits first."""
-        return (z / self.o.temperature).sub_(s[self.block.which]).add_(self.tops).add_(self.logs)
+        """log r - log q of one vocabulary block, (C, B).
 
-    def delta(self, z: Tensor, s: Tensor) -> Tensor:
+        The small differences first: the roundings of the dominant column cancel, however large it is.
+        """
+        return (z - s[self.block.which]).sub_(self.tops).div_(self.o.temperature).add_(self.logs)
+
+    def delta(self, z: Tensor, s: Tensor, columns: slice) -> Tensor:
         """log q - log r of one vocabulary block, (C, B), less its value at q's peak, as in tiedkl/reference.py."""
-        at_peak = ((self.z_peak / self.o.temperature) - self.sums.top[:, 0])[:, None] + self.tops + self.logs
-        return self.log_ratio(z, s).neg_().add_(at_peak)
+        at_peak = ((self.z_peak - self.ms[self.block.which])[:, None] - self.tops) / self.o.temperature + self.logs
+        delta, (rows, place) = self.log_ratio(z, s).neg_().add_(at_peak), _inside(self.block.y, columns)
+        delta[rows, place] = (at_peak[:, 0] - self.x_y).to(delta.dtype)[rows]
+        return delta
 
-    def divergence(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's share of KL (C,), and r - q (C, B)."""
-        x = self.log_ratio(z, s)
+    def divergence(self, z: Tensor, s: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """The block's share of KL (C,), and r - q (C, B), of no meaning at the target."""
+        x, (rows, place) = self.log_ratio(z, s), _inside(self.block.y, columns)
         if x.device.type != "cpu" or not bool(x.abs().amax() < DELTA_DIRECT if x.numel() else True):
-            div = divergence(s[self.block.which], z / self.o.temperature, self.sums, self.sums_t)
-            return div.excess.sum(-1), div.r_minus_q
-        q = self.target(s)  # the same formula where no log ratio is large, in fewer passes
-        e = torch.expm1(x)
-        kl = torch.linalg.vecdot(q, x.neg_().add_(e))
-        return kl, q.mul_(e)
+            tau = self.o.temperature
+            div = divergence(s[self.block.which] / tau, z / tau, self.sums, self.sums_t)
+            r_minus_q, x = div.r_minus_q, -div.delta
+            excess = torch.where(x.abs() < SMALL[x.dtype], div.q * _series(x), div.excess)
+            excess[rows, place] = self.excess_y[rows]
+            kl = excess.sum(-1)
+        else:
+            # The same formula where no log ratio is large, in fewer passes.
+            q, e = self.target(s, columns), _expm1_excess(x)
+            e[rows, place] = 0
+            kl = torch.linalg.vecdot(q, e)
+            kl[rows] += self.excess_y[rows]
+            r_minus_q = q.mul_(x.add_(e))
+        return kl, r_minus_q
 
-    def cross_entropy_gradient(self, z: Tensor, columns: slice) -> Tensor:
-        """p (1 + 2 lam l1) - (1-eps) onehot - eps/V for one vocabulary block, over z."""
-        o, v = self.o, self.p.w.shape[0]
-        # Quotients: a reciprocal's rounding would be an error common to the row, and add up in the products with w.
-        grad = z.sub_(self.top[:, None]).exp_().div_(self.sum_all[:, None])
-        if o.z_loss:
-            grad *= (1 + 2 * o.z_loss * self.l1)[:, None]
-        if o.label_smoothing:
-            grad -= o.label_smoothing / v
-        rows, place = self.at_target(columns)
-        at_y = (o.label_smoothing - self.not_target) + 2 * o.z_loss * self.l1 * (1 - self.not_target)
-        grad[rows, place] = (at_y - o.label_smoothing / v)[rows]
+    def gradient(self, z: Tensor, share: Tensor | None, columns: slice) -> Tensor:
+        """G of one vocabulary block before softcap's factor; `share` is g (alpha/tau) (r - q), z is overwritten."""
+        g = self.block.g
+        assert g is not None
+        coef = g * self.coef_p[:, None]
+        # In two parts: a coefficient's rounding would be common to the row, and add up in the products with w.
+        high = coef.to(z.dtype)
+        low = (coef - high).to(z.dtype)
+        e = z.sub_(self.top[:, None]).exp_()
+        grad = torch.addcmul(e * low if share is None else share.addcmul_(e, low), e, high)
+        if self.o.label_smoothing:
+            grad -= g * (self.o.label_smoothing / self.p.w.shape[0])
+        rows, place = _inside(self.block.y, columns)
+        grad[rows, place] = (g[:, 0] * self.grad_y).to(grad.dtype)[rows]
         return grad

@@ -215,6 +215,8 @@ def _render_extension(e: dict[str, Any]) -> list[str]:
     built = f"torch {e.get('torch')}, compiler {e.get('compiler')}, row kernels for {e.get('capability')}"
     if e.get("bf16_products"):
         built += ", bfloat16 products"
+    if e.get("f32_products"):
+        built += ", float32 products from oneDNN"
     return [f"tiedkl._C at {e['path']}", f"problem: {e['problem']}" if e["problem"] else built]
 
 

@@ -8,6 +8,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 CXX ?= g++
+GPU_PYTHON ?= python3
+OUT ?= build/gpu
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,20 +21,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitize
 
-# torch looks for ninja on PATH.
+# torch looks for ninja on PATH. `make gpu` takes the python of whoever calls it.
+GPU_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test lint bench sanitize clean
+.PHONY: help demo test lint bench gpu sanitize clean
 
 help:
 	@echo "make demo      train baseline, +AL, +RE and +REAL on a small text and write a report   DEMO_ARGS=... DEMO_OUT=$(DEMO_OUT)"
 	@echo "make test      the tests                                                               TEST_ARGS='-k name'"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU benchmark                                                           BENCH_ARGS=..."
+	@echo "make gpu       tests, accuracy and speed on this machine's GPU, with the python that is there    OUT=$(OUT)"
 	@echo "make sanitize  the native tests with address and undefined-behaviour sanitizers"
 	@echo "make clean     remove builds, caches and $(VENV)"
 	@echo
-	@echo "Each makes its own environment in $(VENV) with $(TORCH); PYTHON=$(PYTHON), TORCH and VENV can be set."
+	@echo "Each but gpu makes its own environment in $(VENV) with $(TORCH); PYTHON=$(PYTHON), TORCH and VENV can be set."
 	@echo "Without a GPU, take PyTorch's CPU build and save gigabytes of download:"
 	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
@@ -67,6 +71,9 @@ lint: $(VENV)/.lint-stamp
 
 bench: $(VENV)/.install-stamp
 	$(BIN)/python benchmarks/bench_cpu.py $(BENCH_ARGS)
+
+gpu:
+	PATH="$(GPU_PATH)" GPU_PYTHON="$(GPU_PYTHON)" .ci/gpu "$(OUT)"
 
 # A second copy of the library in build/, which PYTHONPATH puts before the editable one. Leaks are not looked for:
 # the interpreter's own would drown ours. libstdc++ is preloaded because libasan has to find __cxa_throw at start.

@@ -1,7 +1,7 @@
 """Tile sizes as data: one row per architecture and width of the input dtype.
 
 `tests/kernels/test_compile.py` compiles every row for its architecture and checks registers, spills and shared memory.
-None of them has been timed yet; the rows are what compiles without spills at the largest tile.
+A row says on which GPU and when it was measured; one that was not is what compiles without spills at the largest tile.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-SAFE = Tile(64, 64, 32, 4, 2)  # anything else, AMD included
-TILES = {  # (architecture, bytes per element) -> statistics pass, gradient pass
-    ("sm_80", 2): (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    ("sm_80", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm_90", 2): (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_90", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm_100", 2): (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_100", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+class Row(NamedTuple):
+    """Tiles of the statistics pass and of the gradient pass, and where and when `tiedkl tune-kernels` measured them."""
+
+    statistics: Tile
+    gradient: Tile
+    gpu: str = "not measured"
+    date: str = ""
+
+
+SAFE = Row(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))  # anything else, AMD included
+TILES = {  # (architecture, bytes per element)
+    ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+    ("sm_80", 4): Row(Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_90", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    ("sm_90", 4): Row(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    ("sm_100", 4): Row(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
 }
 INTERPRETER = Tile(256, 512, 128, 1, 1)  # an interpreted operation takes as long on a large tile as on a small one
 SMALL_ROWS = 128  # rows per program of the kernels that close the sums
@@ -34,6 +43,5 @@ SMALL_ROWS = 128  # rows per program of the kernels that close the sums
 
 def tiles(architecture: str, element_size: int) -> tuple[Tile, Tile]:
     """Tiles of the statistics pass and of the gradient pass; the interpreter and unknown architectures have one."""
-    if architecture == "interpreter":
-        return INTERPRETER, INTERPRETER
-    return TILES.get((architecture, element_size), (SAFE, SAFE))
+    default = Row(INTERPRETER, INTERPRETER) if architecture == "interpreter" else SAFE
+    return TILES.get((architecture, element_size), default)[:2]

@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 def launch(x: Tensor, gradient_pass: bool) -> Launch:
     """For products of x (rows, D) with rows of a matrix of the same width and dtype."""
     tile = tiles(architecture(x.device), x.element_size())[gradient_pass]
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this has been set
     return Launch(
         tile,
         {

@@ -63,7 +63,7 @@ def finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS: tl.constexpr, SOFT
     if HAS_BIAS:
         z += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(tl.math.div_rn(z, softcap))
     return z
 
 
@@ -73,4 +73,4 @@ def tanh(x):
     a = tl.abs(x)
     a = tl.where(a > 10.0, 10.0, a)  # unlike a minimum this keeps NaN
     e, _ = expm1(2.0 * a)
-    return tl.where(x < 0, -1.0, 1.0) * tl.where(a > 9.5, 1.0, e / (e + 2.0))
+    return tl.where(x < 0, -1.0, 1.0) * tl.where(a > 9.5, 1.0, tl.math.div_rn(e, e + 2.0))

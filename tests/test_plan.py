@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiedkl import backends
+from tiedkl.backends import triton
 from tiedkl.backends.cpp import NATIVE_BF16
 from tiedkl.plan import DEFAULT_WORKSPACE, MIB, TOKEN_BLOCKS, VOCAB_BLOCKS, Shape, Tuning, make_plan, scratch_bytes
 
@@ -122,6 +123,33 @@ def test_a_small_budget_keeps_blocks_large_in_half_precision(name: str, budget: 
 def test_matrix_products_are_counted(grad: bool, kl: bool, budget: int, gemms: str) -> None:
     shape = Shape(4096, 32000, 256, 256, kl=kl, grad=grad)
     assert make_plan("cpp", shape, TUNINGS["cpp"], budget).gemms == gemms
+
+
+FUSED = {"float32": triton.FULL, "bfloat16": triton.HALF}
+
+
+@settings(max_examples=400, deadline=None)
+@given(shapes, budgets, st.sampled_from(sorted(FUSED)))
+def test_blocks_of_the_fused_kernels_fit_and_are_whole_tiles(shape: Shape, budget: int | None, dtype: str) -> None:
+    plan = make_plan("triton", shape, FUSED[dtype], budget)
+    assert plan.strategy == VOCAB_BLOCKS
+    assert plan.scratch_bytes <= plan.workspace_bytes or plan.token_block == plan.vocab_block == 1
+    assert plan.vocab_block < 128 or plan.vocab_block % 128 == 0 or plan.vocab_block == shape.vocab
+
+
+def test_fused_kernels_copy_no_rows() -> None:
+    """Nor does their scratch depend on the width, so that all tokens fit one block with a useful number of columns."""
+    plans = [make_plan("triton", Shape(8192, 256_000, d, d, half=True), triton.HALF, 32 * MIB) for d in (768, 4096)]
+    assert plans[0] == plans[1]
+    assert plans[0].token_block == 8192
+    assert plans[0].vocab_block >= 512
+    through_targets = Shape(8192, 256_000, 4096, 4096, half=True, target_grad=True)
+    assert scratch_bytes(through_targets, triton.HALF, 1, 1, 1) >= 4096 * 4
+
+
+def test_a_large_budget_takes_the_fused_kernels_through_the_vocabulary_at_once() -> None:
+    plan = make_plan("triton", Shape(4096, 32_001, 768, 768, half=True), triton.HALF, 1 << 30)
+    assert plan.vocab_block == 32_001
 
 
 def test_printed_plan_is_readable() -> None:

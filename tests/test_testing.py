@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -165,3 +166,20 @@ def test_suite_ratio_compares_with_eager() -> None:
     [ratio] = testing.suite_ratios(judgements(0.9)).values()
     assert ratio.value == pytest.approx(0.9)
     assert not ratio.broken
+
+
+def test_layouts_are_the_same_on_another_device() -> None:
+    """A copy between devices makes strided and expanded tensors contiguous: there would be nothing to test there."""
+    seen = set()
+    for case in testing.cases(4 * len(testing.KINDS), seed=1, dtypes=("float32", "float64")):
+        here, there = testing.make_inputs(case), testing.make_inputs(case, "meta")
+        for field in dataclasses.fields(here):
+            a, b = getattr(here, field.name), getattr(there, field.name)
+            assert (a is None) == (b is None), (case.id, field.name)
+            if a is not None:
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), (case.id, field.name)
+                assert b.device.type == "meta"
+        if case.kind == "layout":
+            seen.add((case.layout, here.h.is_contiguous()))
+    assert {contiguous for _, contiguous in seen} == {False}
+    assert len(seen) > 1

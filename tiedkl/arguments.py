@@ -205,7 +205,8 @@ def _num_items(num_items: Number | Tensor | None, reduction: str, device: torch.
             raise ValueError(f"num_items must hold one number, got shape {tuple(num_items.shape)}")
         return num_items.detach().reshape(()).to(device)
     value = _number("num_items", num_items, 0.0, math.inf, open_low=True)
-    return torch.tensor(value, dtype=torch.float64, device=device)  # a count above 2^24 is no float32
+    # A count above 2^24 is no float32. Filled in place: a copy from the host would wait for the device.
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _shift(target: Tensor, token_weight: Tensor | None, shift: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:

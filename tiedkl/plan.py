@@ -51,6 +51,8 @@ class Tuning:
     targets_per_token: float = 0.5  # Cw / C
     shared_rows: bool = False  # tokens and targets of a block share C + Cw rows in any proportion
     block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
+    row_copies: bool = True  # rows of h and of the similarity source are gathered in the accumulation dtype
+    vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
         columns += tuning.s_buffers * targets + tuning.row_buffers * shape.threads * (3 if target_grad else 1)
     if kl and tuning.shared_rows:
         tokens, targets = tokens + targets, (tokens + targets) // 2  # the most there can be of either
-    rows = tokens * shape.width * (2 if shape.grad else 1)  # gathered h, and its gradient
-    if kl:
+    rows = tokens * shape.width * (2 if shape.grad else 1) if tuning.row_copies else 0  # gathered h, and its gradient
+    if kl and (tuning.row_copies or target_grad):
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
     if shape.half:
         rows += tuning.widened * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width)
@@ -141,8 +143,10 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
         columns = min(v, tuning.min_vocab_block)
         tokens = even(_largest(n, lambda c: fits(c, columns)))
-        # Fewer than all columns: the choice above is monotone in the budget, and stands.
-        vocab = _largest(max(1, v - 1), lambda b: fits(tokens, b))
+        # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.
+        vocab = _largest(max(1, v - 1) if tuning.token_block else v, lambda b: fits(tokens, b))
+        if tuning.vocab_multiple < vocab < v:
+            vocab -= vocab % tuning.vocab_multiple
     strategy = TOKEN_BLOCKS if vocab >= v and tuning.token_block else VOCAB_BLOCKS
     targets = _targets(tuning, tokens)
     if tuning.shared_rows and tokens == n and vocab == v:  # one block for all, were every target another

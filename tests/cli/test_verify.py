@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiedkl import backends, testing
 from tiedkl.backends import reference
@@ -97,6 +98,12 @@ def test_a_backend_that_cannot_run_is_left_out_with_its_reason(
 def test_a_missing_directory_is_noticed_before_the_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*FEW, "--json", str(tmp_path / "no" / "report.json")]) == 2
     assert "no such directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FEW, "--device", "cuda"]) == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ tests/test_backends.py and tests/test_ops.py hold the backend to what every othe
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -175,3 +177,21 @@ def test_exponentials_are_accurate() -> None:
         assert float(error) <= ulps * 2**-24 * 2, float(error) / 2**-24
     assert out[:, x == 0].flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
     assert out[3, x.abs() > 10].abs().eq(1).all()
+
+
+def test_float32_products_follow_either_way_of_asking_for_tf32() -> None:
+    """In a process of its own: torch refuses to answer the old question once the new setting was used."""
+    code = (
+        "import torch\n"
+        "from tiedkl.kernels.launch import launch\n"
+        "def precision(dtype): return launch(torch.empty(2, 4, dtype=dtype), False).constants['PRECISION']\n"
+        "seen = [precision(torch.float32)]\n"
+        "torch.backends.cuda.matmul.{setting}\n"
+        "print(*seen, precision(torch.float32), precision(torch.bfloat16))\n"
+    )
+    for setting in ("allow_tf32 = True", "fp32_precision = 'tf32'"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(setting=setting)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["ieee", "tf32", "ieee"], setting

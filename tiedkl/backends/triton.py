@@ -27,20 +27,27 @@ else:
     MISSING = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Not measured on a GPU yet. G in the input dtype; every token may have a target of its own.
+# Not measured on a GPU yet. G in the input dtype and a 64th of it in running sums; every token may have a target of its
+# own. Rows of h and w are read where they are.
+SUMS = 1 / 64
 FULL = Tuning(
-    z_buffers=1,
+    z_buffers=1 + SUMS,
     s_buffers=1,
     row_buffers=0,
     token_block=0,
-    min_token_block=1,
+    min_token_block=16,  # rows that tensor cores multiply at once
     min_vocab_block=512,
     panel=1 << 62,
     targets_per_token=1.0,
     widened=0,
     delta_buffers=2,
+    row_copies=False,
+    vocab_multiple=128,  # whole tiles, and rows of G that start at 16 bytes
 )
-HALF = replace(FULL, z_buffers=0.5, delta_buffers=1.5)
+ALIGNED = (
+    16  # elements: Triton compiles wide stores, and cuBLAS takes its fast kernels, for rows that start at 16 bytes
+)
+HALF = replace(FULL, z_buffers=0.5 + SUMS, delta_buffers=1.5)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -102,6 +109,7 @@ class _Walk:
     def __init__(self, p: Problem, plan: Plan, g: Tensor | None, needs: Needs):
         self.p, self.plan, self.needs, self.o = p, plan, needs, p.options
         self.inv_t = 1.0 / p.options.temperature
+        self.stride = -(-plan.vocab_block // ALIGNED) * ALIGNED  # of all blocks of columns
         self.kl = bool(p.options.alpha)
         self.target_grad = g is not None and self.kl and p.options.target_grad and (needs.w if p.t is None else needs.t)
         self.grad = g is not None
@@ -136,7 +144,7 @@ class _Walk:
         terms, rows = stats.token_stats(p, self.g[tokens], targets, sums, self.inv_t)
 
         def buffer(rows: int, dtype: torch.dtype, wanted: bool) -> Any:
-            return p.h.new_empty(rows, self.plan.vocab_block, dtype=dtype) if wanted else None
+            return p.h.new_empty(rows, self.stride, dtype=dtype) if wanted else None
 
         s = buffer(targets.capacity, torch.float32, self.kl)
         grad = buffer(len(p.y), p.h.dtype, self.grad)
@@ -197,7 +205,7 @@ class _ThroughTargets:
         self.start = torch.searchsorted(key, places)
         self.u = self.t[targets.ids]
         self.d_u = torch.zeros(self.u.shape, dtype=torch.float32, device=key.device)
-        self.block_t = self.u.new_empty(targets.capacity, walk.plan.vocab_block)
+        self.block_t = self.u.new_empty(targets.capacity, walk.stride)
 
     def block(self, delta: Tensor, s: Tensor, sums: Any, columns: slice) -> None:
         """Add the share of some vocabulary rows, whose delta and s are given."""

@@ -1,6 +1,6 @@
 """The `tiedkl` command line.
 
-A command is a module here, named like the command, with two functions:
+A command is a module here, named like the command with `_` for `-`, with two functions:
 
     add_parser(subparsers) -> None     adds its parser and sets `func=run`
     run(args) -> int                   does the work and returns the exit status
@@ -21,6 +21,7 @@ from tiedkl import __version__
 COMMANDS = {
     "doctor": "what is installed, which backends can run here and why not the others",
     "verify": "every runnable backend against float64; exit 1 when one breaks its bound",
+    "tune-kernels": "measure tile sizes of the Triton kernels on this GPU",
     "compare": "train baseline, +AL, +RE and +REAL on a text and report the difference",
 }
 # What a command imports beyond tiedkl's own dependencies; the extra that brings it has the command's name.
@@ -62,7 +63,7 @@ def _run(argv: list[str], command: str | None) -> int:
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
     for name, summary in COMMANDS.items():
         if name == command:
-            importlib.import_module(f".{name}", __name__).add_parser(subparsers)
+            importlib.import_module(f".{name.replace('-', '_')}", __name__).add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary, add_help=False)
     args = parser.parse_args(argv)

@@ -61,6 +61,9 @@ def _case(text: str) -> Case:
 def run(args: argparse.Namespace) -> int:
     """Judge the chosen cases. 0 when every bound holds, 1 on a breach, 2 when nothing can run, 130 when interrupted."""
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"tiedkl verify: --device {device}: torch finds no CUDA device", file=sys.stderr)
+        return 2
     dtypes = tuple(args.dtype or ALL_DTYPES)
     chosen = args.case or list(cases(args.cases, args.seed, dtypes))
     if args.json is not None and not args.json.absolute().parent.is_dir():

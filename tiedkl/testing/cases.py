@@ -267,28 +267,28 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     elif case.kind == "near_teacher":  # KL is about (noise . w / tau)^2 / 2
         kl = 10 ** (-6 + 5 * torch.rand(n, 1, generator=g, dtype=torch.float64))
         h = w[known] + normal(n, d) * float(case.options["temperature"]) * (2 * kl / d).sqrt() / std
-    w = _layout(w.to(case.torch_dtype), "strided" if case.layout == "expanded" else case.layout)
-    t = normal(v, case.teacher_width).to(case.torch_dtype) if case.teacher_width else None
+    t = normal(v, case.teacher_width) if case.teacher_width else None
     tokens = torch.randint(v, case.shape, generator=g) if case.one_parameter else None
-    h = w[tokens] if tokens is not None else h.to(case.torch_dtype).reshape(*case.shape, d)
-    h = _layout(h, case.layout)
     weight = torch.rand(case.shape, generator=g) + 0.1 if case.token_weight else None
     length = case.shape if not case.shift else (*case.shape[:-1], case.shape[-1] - case.shift)
     upstream = 0.3 + torch.rand(length if case.reduction == "none" else (), generator=g, dtype=torch.float64) * 2
 
-    def place(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device)
+    def place(x: Tensor, layout: str = "contiguous") -> Tensor:
+        """On the device first: a copy to another device makes strided tensors contiguous."""
+        return _layout(x.to(device), layout)
 
-    loss_dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    w = place(w.to(case.torch_dtype), "strided" if case.layout == "expanded" else case.layout)
+    tokens = None if tokens is None else place(tokens)
+    h = h.to(case.torch_dtype).reshape(*case.shape, d)
     return Inputs(
-        h=h.to(device),
-        w=w.to(device),
-        target=_layout(y.int() if case.int32 else y, "strided" if case.layout == "strided" else "contiguous").to(
-            device
-        ),
-        b=place(None if b is None else _layout(b.to(case.torch_dtype), case.layout)),
-        t=place(None if t is None else _layout(t, "transposed" if case.layout == "transposed" else "contiguous")),
-        token_weight=place(weight),
-        upstream=upstream.to(loss_dtype).to(device),
-        tokens=place(tokens),
+        h=_layout(w[tokens], case.layout) if tokens is not None else place(h, case.layout),
+        w=w,
+        target=place(y.int() if case.int32 else y, "strided" if case.layout == "strided" else "contiguous"),
+        b=None if b is None else place(b.to(case.torch_dtype), case.layout),
+        t=None
+        if t is None
+        else place(t.to(case.torch_dtype), "transposed" if case.layout == "transposed" else "contiguous"),
+        token_weight=None if weight is None else place(weight),
+        upstream=place(upstream.to(torch.float64 if case.dtype == "float64" else torch.float32)),
+        tokens=tokens,
     )

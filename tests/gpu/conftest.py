@@ -1,0 +1,31 @@
+"""Tests of what only a GPU shows. Everything here is marked `gpu`, and skipped without a CUDA device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def room() -> Iterator[None]:
+    """Whatever a test leaves behind, the next one finds the device's memory free and its settings as they were."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

@@ -20,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _candidates import ALPHA, TAU, Loss, eager_ce, eager_cekl
+from _steps import zipf_targets
 from torch import Tensor
 
 import tiedkl
@@ -40,28 +41,9 @@ SHAPES = [
     (2048, 50257, 768, "float32"),
     (1024, 50257, 768, "bfloat16"),
 ]
-TAU, ALPHA = 20.0, 10.0
 STRICT_BYTES = 8 << 20
 LARGE = 2e10  # N V D
 RESULT = Path(__file__).parent / "results" / "cpu" / "bench_cpu.json"
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def zipf_targets(n: int, v: int, generator: torch.Generator) -> Tensor:
-    """(n,) ids with natural-text statistics: frequency 1 / (rank + 2.7), ranks shuffled over the vocabulary."""
-    p = 1 / (torch.arange(v, dtype=torch.float64) + 2.7)
-    return torch.randperm(v, generator=generator)[torch.multinomial(p, n, replacement=True, generator=generator)]
-
-
-def eager_ce(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(h, w).float(), y)
-
-
-def eager_cekl(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    z = F.linear(h, w).float()
-    s = F.linear(w.detach()[y], w.detach()).float()
-    kl = F.kl_div(F.log_softmax(z / TAU, -1), F.softmax(s / TAU, -1), reduction="batchmean")
-    return F.cross_entropy(z, y) + ALPHA * kl
 
 
 def linear_ce(h: Tensor, w: Tensor, y: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class _Block:
     h: Tensor  # (C, D)
     u: Tensor  # (Cw, D')
     g: Tensor | None  # (C, 1)
-    zy: Tensor  # (C,) wide: logits at the targets
-    self_s: Tensor  # (Cw,) wide: similarities of the targets to themselves
+    zy: Tensor | None  # (C,) wide: logits at the targets; both only with KL
+    self_s: Tensor | None  # (Cw,) wide: similarities of the targets to themselves
 
 
 def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[_Block]:
@@ -99,8 +99,8 @@ def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[_Block]:
             h=h,
             u=u,
             g=None if g is None else g[tokens, None],
-            zy=_target_logits(problem, h, here),
-            self_s=_wide_dot(u, targets, problem.teacher),
+            zy=_target_logits(problem, h, here) if problem.options.alpha else None,
+            self_s=_wide_dot(u, targets, problem.teacher) if problem.options.alpha else None,
         )
         first = last
 
@@ -286,7 +286,7 @@ class _Rows:
 
     def finish(self) -> None:
         """Close the sums: CE, entropy, log-sum-exps. Mirrors finish_token in csrc/row_math.h."""
-        o, v, wide = self.o, self.p.w.shape[0], self.block.zy.dtype
+        o, v, wide = self.o, self.p.w.shape[0], _wide(self.m.device)
         self.correct = (self.zy >= self.m).to(self.m.dtype)
         self.top = torch.maximum(self.m, self.zy)
         m, zy, total, top = (x.to(wide) for x in (self.m, self.zy, self.sum, self.top))
@@ -310,6 +310,8 @@ class _Rows:
     def finish_comparison(self, top: Tensor, shift: Tensor) -> None:
         """The tempered sums, and the comparison of the distributions at the target; `top` is the rows' maximum."""
         tau, which, zy, self_s = self.o.temperature, self.block.which, self.block.zy, self.block.self_s
+        assert zy is not None
+        assert self_s is not None
         sum_t = self.sum_t * torch.exp(shift / tau) + torch.exp((zy - top) / tau)
         at_self = torch.exp((self_s - self.ms) / tau)
         sum_s = self.sum_s + at_self

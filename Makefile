@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 DEMO_OUT ?= build/demo
 DEMO_ARGS ?=
@@ -36,15 +37,17 @@ help:
 	@echo "make sanitize  the native tests with address and undefined-behaviour sanitizers"
 	@echo "make clean     remove builds, caches and $(VENV)"
 	@echo
-	@echo "Each but gpu makes its own environment in $(VENV) with $(TORCH); PYTHON=$(PYTHON), TORCH and VENV can be set."
+	@echo "Each but gpu makes its own environment in $(VENV) with $(TORCH) and $(TRITON); PYTHON=$(PYTHON), TORCH, TRITON, VENV can be set."
 	@echo "Without a GPU, take PyTorch's CPU build and save gigabytes of download:"
 	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
-# The environment, torch and what a build needs: made once.
+# The environment, torch and what a build needs: made once. PyTorch's CPU build brings no triton, whose interpreter and
+# compiler the tests use; an empty TRITON leaves it out.
 $(VENV)/.torch-stamp:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "tiedkl needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)" "setuptools>=77" wheel ninja
+	[[ -z "$(TRITON)" || "$$(uname -sm)" != "Linux x86_64" ]] || $(PIP) install "$(TRITON)"
 	@touch $@
 
 # The library, in place: Python files need no reinstall, native ones and the metadata do.

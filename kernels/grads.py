@@ -16,7 +16,7 @@ from tiedkl.problem import Problem
 from .exponential import exp, expm1
 from .launch import Targets, launch
 from .stats import FLOOR
-from .tile import at_least, finish_logits, halves, product_tile
+from .tile import at_least, finish_logits, halves, product_tile, stored_tile
 
 ROW_COLUMNS = 128  # per program of target_gradient_kernel
 LOWEST_X = tl.constexpr(-80.0)  # expm1 is -1 to rounding below
@@ -100,10 +100,12 @@ def finish_columns(
         q = exp(at_least((s_tile - ms[:, None]) * inv_t, FLOOR)) * inv_sum_s[:, None]
         q = tl.where(seen, q, 0.0)
         x, r_minus_q, excess = compare(z, s_tile, q, top, tops, offset, offset_low, inv_total_t, inv_t)
-        if SUM_KL:
-            share = tl.sum(tl.where(seen, excess, 0.0), 1)
+        if SUM_KL:  # finish_tokens_kernel has compared the target's column
+            share = tl.sum(tl.where(seen & (cols[None, :] != target[:, None]), excess, 0.0), 1)
         coef_r = tl.load(rows + 5 * step, mask=valid, other=0.0)  # g alpha / tau
         if TARGET:
+            x_y = tl.load(rows + 12 * step, mask=valid, other=0.0)
+            x = tl.where(cols[None, :] == target[:, None], x_y[:, None], x)
             mean = tl.load(terms + step + n, mask=valid, other=0.0)
             tl.store(delta + place, coef_r[:, None] * (0.0 - x - mean[:, None]), mask=inside)
     if WRITE:
@@ -113,9 +115,9 @@ def finish_columns(
         on_target = tl.load(rows + 4 * step, mask=valid, other=0.0)
         p = exp(at_least(z - top[:, None], FLOOR))
         out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
-        out = tl.where(cols[None, :] == target[:, None], on_target[:, None], out)
         if KL:
             out += r_minus_q * coef_r[:, None]
+        out = tl.where(cols[None, :] == target[:, None], on_target[:, None], out)
         if SOFTCAP:
             # Exactly 1 where tanh saturates, so that the gradient is exactly 0; a float32 `/` is off by up to 2 ulp.
             ratio = tl.math.div_rn(z, softcap)
@@ -127,13 +129,13 @@ def finish_columns(
 
 @triton.jit(do_not_specialize=["N", "v0", "v1"])
 def gradient_kernel(
-    h,  # (N, D)
+    h,  # (N, D); or their products with w (N, V) float32, STORED
     w,  # (V, D)
     bias,  # (V,)
     y,  # (N,) int64, negative: skipped
     which,  # (N,) int64 row of `s` that belongs to a token
     s,  # (capacity, B) float32 similarities of this block
-    rows,  # (12, N) float32 of finish_tokens_kernel
+    rows,  # (13, N) float32 of finish_tokens_kernel
     kl,  # (column tiles, N) float32 running sums
     grad,  # (N, B) input dtype, out: G
     delta,  # (N, B) float32, out: (alpha/tau) g (log q - log r - KL), for the target gradient
@@ -154,6 +156,7 @@ def gradient_kernel(
     SUM_KL: tl.constexpr,  # add this block's share to `kl`
     WRITE: tl.constexpr,  # G
     TARGET: tl.constexpr,  # delta
+    STORED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -174,7 +177,10 @@ def gradient_kernel(
                 grad + n[:, None] * stride_grad + column[None, :], zeros, mask=(n < N)[:, None] & (cols < v1)[None, :]
             )
         return
-    z = product_tile(h, n, valid, stride_h, w, cols, cols < v1, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
+    if STORED:  # G may overwrite the products: a program reads its tile before it writes there
+        z = stored_tile(h, n, valid, stride_h, cols, cols < v1)
+    else:
+        z = product_tile(h, n, valid, stride_h, w, cols, cols < v1, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
     # A quarter of the columns at a time: all at once, logits, similarities and both distributions exceed the registers.
     left, right = halves(z)
     part = first + tl.arange(0, BLOCK_V // 4)
@@ -201,16 +207,18 @@ def gradient_kernel(
         tl.store(kl, tl.load(kl, mask=valid, other=0.0) + share, mask=valid)
 
 
-@triton.jit(do_not_specialize=["capacity", "columns"])
+@triton.jit(do_not_specialize=["capacity", "v0", "columns"])
 def target_gradient_kernel(
     delta,  # (N, B) float32 of gradient_kernel
     order,  # (N,) int64 tokens sorted by target, skipped ones last
     start,  # (capacity + 1,) int64 first place in `order` of each distinct target
     s,  # (capacity, B) float32
-    targets,  # (2, capacity) float64 of finish_targets_kernel
+    targets,  # (3, capacity) float64 of finish_targets_kernel
+    ids,  # (capacity,) int64
     count,  # () int64
     out,  # (capacity, B) input dtype: T_u = (alpha/tau) q_u sum_n g_n (delta_n - KL_n)
     capacity,
+    v0,
     columns,
     stride,
     inv_t,
@@ -221,15 +229,18 @@ def target_gradient_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = column < columns
     place = u * stride + column
+    if u >= tl.load(count):
+        return
     total = tl.zeros((BLOCK_V,), tl.float32)
-    if u < tl.load(count):
-        for i in range(tl.load(start + u), tl.load(start + u + 1)):
-            total += tl.load(delta + tl.load(order + i) * stride + column, mask=mask, other=0.0)
-        ms = tl.load(targets + u).to(tl.float32)
-        inv_sum = (1.0 / tl.load(targets + capacity + u)).to(tl.float32)
-        s_row = tl.load(s + place, mask=mask, other=0.0)
-        q = exp(at_least((s_row - ms) * inv_t, FLOOR)) * inv_sum
-        total = tl.where(q > 0, q * total, 0.0)
+    for i in range(tl.load(start + u), tl.load(start + u + 1)):
+        total += tl.load(delta + tl.load(order + i) * stride + column, mask=mask, other=0.0)
+    ms = tl.load(targets + u).to(tl.float32)
+    inv_sum = (1.0 / tl.load(targets + capacity + u)).to(tl.float32)
+    s_row = tl.load(s + place, mask=mask, other=0.0)
+    q = exp(at_least((s_row - ms) * inv_t, FLOOR)) * inv_sum
+    own = tl.load(targets + 2 * capacity.to(tl.int64) + u).to(tl.float32)
+    q = tl.where(v0 + column == tl.load(ids + u), own, q)
+    total = tl.where(q > 0, q * total, 0.0)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -251,48 +262,55 @@ def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> No
     )
 
 
-def column_tiles(h: Tensor, columns: int) -> int:
+def column_tiles(h: Tensor, columns: int, stored: bool = False) -> int:
     """Slots of running KL sums that blocks of `columns` need."""
-    return triton.cdiv(columns, launch(h, gradient_pass=True).tile.cols)
+    return triton.cdiv(columns, launch(h, gradient_pass=True, stored=stored).tile.cols)
 
 
 def gradient_block(
     p: Problem, rows: Tensor, which: Tensor, s: Tensor | None, columns: slice, inv_t: float, *,
-    kl: Tensor | None, grad: Tensor | None, delta: Tensor | None, terms: Tensor,
+    kl: Tensor | None, grad: Tensor | None, delta: Tensor | None, terms: Tensor, z: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add one block's share of KL to `kl` (slots, N), write G over `grad` and g (delta - KL) over `delta`, both (N, B).
 
-    What is None is not wanted.
+    What is None is not wanted. `z` (N, V) float32 may hold the products h w^T; `grad` may be the same memory.
     """
-    tile, constants = launch(p.h, gradient_pass=True)
+    tile, constants = launch(p.h, gradient_pass=True, stored=z is not None)
+    x = p.h if z is None else z
     grid = (triton.cdiv(len(p.h), tile.rows), triton.cdiv(columns.stop - columns.start, tile.cols))
     some = rows  # in the place of what is not there
     block = next(x for x in (grad, delta, s, some) if x is not None)
     gradient_kernel[grid](
-        p.h, p.w, p.w if p.b is None else p.b, p.y, which, some if s is None else s, rows, some if kl is None else kl,
+        x, p.w, p.w if p.b is None else p.b, p.y, which, some if s is None else s, rows, some if kl is None else kl,
         some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, columns.stop,
-        p.h.shape[1], p.h.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t,
+        p.h.shape[1], x.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t,
         p.options.softcap, HAS_BIAS=p.b is not None, SOFTCAP=p.options.softcap != 0, KL=s is not None,
         SUM_KL=kl is not None,
-        WRITE=grad is not None, TARGET=delta is not None, **constants,
+        WRITE=grad is not None, TARGET=delta is not None, STORED=z is not None, **constants,
     )  # fmt: skip
 
 
 def target_gradient(
-    delta: Tensor, order: Tensor, start: Tensor, s: Tensor, target_sums: Tensor, targets: Targets, columns: int,
+    delta: Tensor, order: Tensor, start: Tensor, s: Tensor, target_sums: Tensor, targets: Targets, columns: slice,
     inv_t: float, out: Tensor,
 ) -> None:  # fmt: skip
-    """T_u of every distinct target into `out` (capacity, B); order (N,) sorts tokens, start (capacity + 1,) cuts it."""
-    target_gradient_kernel[(targets.capacity, triton.cdiv(columns, ROW_COLUMNS))](
+    """T_u of the distinct targets into `out` (capacity, B), whose other rows are left alone.
+
+    `order` (N,) sorts the tokens by target, `start` (capacity + 1,) says where each target's begin.
+    """
+    width = columns.stop - columns.start
+    target_gradient_kernel[(targets.capacity, triton.cdiv(width, ROW_COLUMNS))](
         delta,
         order,
         start,
         s,
         target_sums,
+        targets.ids,
         targets.count,
         out,
         targets.capacity,
-        columns,
+        columns.start,
+        width,
         out.stride(0),
         inv_t,
         BLOCK_V=ROW_COLUMNS,

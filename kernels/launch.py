@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import config
 from .config import Tile, tiles
 from .tile import INTERPRETED
 
@@ -38,9 +39,10 @@ class Launch(NamedTuple):
     constants: dict[str, Any]  # constexpr arguments that follow from the tile
 
 
-def launch(x: Tensor, gradient_pass: bool) -> Launch:
-    """For products of x (rows, D) with rows of a matrix of the same width and dtype."""
-    tile = tiles(architecture(x.device), x.element_size())[gradient_pass]
+def launch(x: Tensor, gradient_pass: bool, stored: bool = False) -> Launch:
+    """For products of x (rows, D) with rows of a matrix of the same width and dtype, or for tiles of stored ones."""
+    arch = architecture(x.device)
+    tile = config.STORED if stored and arch != "interpreter" else tiles(arch, x.element_size())[gradient_pass]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this has been set
     return Launch(
         tile,

@@ -1,4 +1,4 @@
-"""One tile of x w^T, and which program works on which tile. Shared by every kernel; docs/math.md has the derivation."""
+"""One tile of x w^T and what becomes of it. Shared by every kernel; docs/math.md has the derivation."""
 
 import os
 
@@ -43,6 +43,12 @@ def product_tile(
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def stored_tile(z, rows, row_mask, stride_z, cols, col_mask):
+    """The same tile, of products z that a block of whole rows holds."""
+    return tl.load(z + rows[:, None] * stride_z + cols[None, :], mask=row_mask[:, None] & col_mask[None, :], other=0.0)
 
 
 @triton.jit

@@ -132,7 +132,6 @@ FUSED = {"float32": triton.FULL, "bfloat16": triton.HALF}
 @given(shapes, budgets, st.sampled_from(sorted(FUSED)))
 def test_blocks_of_the_fused_kernels_fit_and_are_whole_tiles(shape: Shape, budget: int | None, dtype: str) -> None:
     plan = make_plan("triton", shape, FUSED[dtype], budget)
-    assert plan.strategy == VOCAB_BLOCKS
     assert plan.scratch_bytes <= plan.workspace_bytes or plan.token_block == plan.vocab_block == 1
     assert plan.vocab_block < 128 or plan.vocab_block % 128 == 0 or plan.vocab_block == shape.vocab
 
@@ -147,9 +146,16 @@ def test_fused_kernels_copy_no_rows() -> None:
     assert scratch_bytes(through_targets, triton.HALF, 1, 1, 1) >= 4096 * 4
 
 
-def test_a_large_budget_takes_the_fused_kernels_through_the_vocabulary_at_once() -> None:
-    plan = make_plan("triton", Shape(4096, 32_001, 768, 768, half=True), triton.HALF, 1 << 30)
-    assert plan.vocab_block == 32_001
+def test_a_large_budget_keeps_the_logits_of_the_fused_kernels() -> None:
+    shape = Shape(8192, 32_001, 768, 768, half=True)
+    plan = make_plan("triton", shape, triton.HALF, 1 << 30)
+    assert plan.strategy == TOKEN_BLOCKS
+    assert plan.gemms == "3 + rho"
+    assert plan.token_block >= triton.HALF.min_token_block
+    logits, gradients, similarities = 4, 2, 4  # bytes an element
+    kept = plan.token_block * 32_001 * (logits + gradients + similarities)
+    assert kept <= plan.scratch_bytes <= 1.02 * kept
+    assert make_plan("triton", shape, triton.HALF).strategy == VOCAB_BLOCKS
 
 
 def test_printed_plan_is_readable() -> None:

@@ -47,6 +47,7 @@ class Tuning:
     min_vocab_block: int  # B below which GEMMs are inefficient
     panel: int  # vocabulary rows per GEMM
     widened: int = 2  # panels of half-precision weights held in the accumulation dtype
+    kept_buffers: float = 0  # blocks of C x V more in token_blocks
     delta_buffers: float = 0  # blocks of C x B more with target_grad
     targets_per_token: float = 0.5  # Cw / C
     shared_rows: bool = False  # tokens and targets of a block share C + Cw rows in any proportion
@@ -84,6 +85,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
     """Bytes of scratch for blocks of `tokens` x `vocab` with `targets` similarity rows."""
     kl, target_grad = shape.kl, shape.kl and shape.grad and shape.target_grad
     columns = tuning.z_buffers * tokens
+    if tuning.token_block and vocab >= shape.vocab:
+        columns += tuning.kept_buffers * tokens
     if target_grad:
         columns += tuning.delta_buffers * tokens
     if kl:

@@ -80,8 +80,14 @@ def test_result_on_the_terminal_and_in_files(
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    argv: list[str], message: str, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    text_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     folder = tmp_path / "input"
     folder.mkdir()
     (folder / "empty").write_text("")

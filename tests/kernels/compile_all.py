@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from tiedkl.kernels import config, grads, stats
+from tiedkl.kernels import config, grads, products, stats
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-INPUTS = {"h", "w", "t", "bias", "grad"}  # in the input dtype
+INPUTS = {"h", "w", "t", "x", "left", "right", "bias", "grad"}  # in the input dtype; but h where it is products
 OUT_INPUTS = {"target_gradient_kernel"}  # whose `out` is, too
-INTEGERS = {"y", "ids", "count", "which", "order", "start"}
-DOUBLES = {"targets"}
+INTEGERS = {"y", "ids", "row_ids", "count", "which", "order", "start"}
+DOUBLES = {"targets", "zys", "selves"}
+OUT_DOUBLES = {"finish_targets_kernel", "target_dots_kernel"}
 FLOATS = {"inv_t", "softcap", "alpha", "smoothing", "z_loss"}
-SIZES = {"N", "V", "D", "capacity", "v0", "v1", "share", "n_splits", "columns"}
+SIZES = {"N", "V", "D", "capacity", "v0", "v1", "M", "K", "share", "n_splits", "columns"}
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 
 
@@ -43,7 +44,8 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
             aligned = argument == "D" or argument.startswith("stride")
         else:
             inputs = argument in INPUTS or (argument == "out" and name in OUT_INPUTS)
-            doubles = argument in DOUBLES or (argument == "out" and name == "finish_targets_kernel")
+            inputs &= argument != "h" or not constants["STORED"]
+            doubles = argument in DOUBLES or (argument == "out" and name in OUT_DOUBLES)
             element = dtype if inputs else "i64" if argument in INTEGERS else "fp64" if doubles else "fp32"
             signature[argument], aligned = f"*{element}", True
         if aligned:
@@ -67,8 +69,28 @@ GRADIENT_OPTIONS = options(
 )  # fmt: skip
 
 
+def others() -> Iterator[tuple[Any, str, None, dict[str, Any]]]:
+    """Kernels without products of their own, in the dtypes that matter to them."""
+    tile = config.STORED
+    size = {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": True, "PRECISION": "ieee"}
+    yield stats.target_stats_kernel, "fp32", None, {**size, "STORED": True}
+    for some in TOKEN_OPTIONS[:3]:
+        yield stats.token_stats_kernel, "fp32", None, {**size, **some, "STORED": True}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for some in GRADIENT_OPTIONS[: 1 if dtype == "fp16" else 4]:
+            yield grads.gradient_kernel, dtype, None, {**size, **some, "STORED": True}
+        yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS}
+        for some in options("HAS_ROWS HAS_BIAS SOFTCAP", "HAS_ROWS", "HAS_BIAS SOFTCAP"):
+            size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}
+            yield stats.target_dots_kernel, dtype, None, {**size_d, **some}
+    yield stats.finish_targets_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS}
+    for some in options("KL SMOOTHING", "KL", "KL SMOOTHING", ""):
+        yield stats.finish_tokens_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS, **some}
+
+
 def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
     """Kernel, dtype, tile and constants. Of the options, those that matter together."""
+    yield from others()
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for first, tile in enumerate(config.tiles(architecture, size)):
@@ -78,17 +100,15 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
                         "PRECISION": precision,
                     }  # fmt: skip
                     if first == 0:
-                        yield stats.target_stats_kernel, dtype, tile, product
+                        yield stats.target_stats_kernel, dtype, tile, {**product, "STORED": False}
                         for some in TOKEN_OPTIONS if even and dtype == "bf16" else TOKEN_OPTIONS[:2]:
-                            yield stats.token_stats_kernel, dtype, tile, {**product, **some}
+                            yield stats.token_stats_kernel, dtype, tile, {**product, **some, "STORED": False}
                     else:
                         yield grads.similarity_kernel, dtype, tile, product
+                        for one, inner in (("stride_left", True), ("stride_left_k", False)):
+                            yield products.counted_product_kernel, dtype, tile, {**product, "INNER": inner, one: 1}
                         for some in GRADIENT_OPTIONS if even and dtype == "bf16" else GRADIENT_OPTIONS[:2]:
-                            yield grads.gradient_kernel, dtype, tile, {**product, **some}
-        yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS}
-    yield stats.finish_targets_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS}
-    for some in options("KL SMOOTHING", "KL", "KL SMOOTHING", ""):
-        yield stats.finish_tokens_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS, **some}
+                            yield grads.gradient_kernel, dtype, tile, {**product, **some, "STORED": False}
 
 
 def resources(ptx: str, architecture: str) -> tuple[int, int]:

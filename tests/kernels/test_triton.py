@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tiedkl import backends, reference
 from tiedkl.ops import plan_for
+from tiedkl.plan import TOKEN_BLOCKS, VOCAB_BLOCKS
 from tiedkl.problem import Needs, Options, Problem
 
 pytest.importorskip("triton")
@@ -55,8 +56,11 @@ def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, extras
 
 
 def run(p: Problem, needs: Needs, token_block: int, vocab_block: int) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Terms and gradients in blocks of the given size; the terms of a forward call must be the same."""
-    plan = replace(plan_for(p, "triton", None, True), token_block=token_block, vocab_block=vocab_block)
+    """Terms and gradients in blocks of the given size, whole rows being token blocks; a forward call's are the same."""
+    strategy = TOKEN_BLOCKS if vocab_block >= len(p.w) else VOCAB_BLOCKS
+    plan = replace(
+        plan_for(p, "triton", None, True), strategy=strategy, token_block=token_block, vocab_block=vocab_block
+    )
     g = torch.where(p.y >= 0, torch.linspace(0.5, 2.0, len(p.y)), 0.0)
     terms, grads = backend.backward(p, plan, g, needs)
     for a, b in zip(terms, backend.forward(p, plan), strict=True):
@@ -79,14 +83,16 @@ def run(p: Problem, needs: Needs, token_block: int, vocab_block: int) -> tuple[l
 @pytest.mark.parametrize("name", OPTIONS)
 def test_blocks_of_any_size(name: str, extras: bool) -> None:
     needs = Needs(True, True, extras, extras)
-    run(problem(37, 70, 19, OPTIONS[name], torch.float32, extras), needs, 37, 70)
+    run(problem(37, 70, 19, OPTIONS[name], torch.float32, extras), needs, 37, 69)
     run(problem(19, 41, 5, OPTIONS[name], torch.float32, extras), needs, 7, 33)
+    run(problem(37, 70, 19, OPTIONS[name], torch.float32, extras), needs, 20, 70)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    run(problem(21, 45, 32, OPTIONS[name], dtype, True), Needs(True, True, True, True), 21, 32)
+    for token_block, vocab_block in ((21, 32), (12, 45)):
+        run(problem(21, 45, 32, OPTIONS[name], dtype, True), Needs(True, True, True, True), token_block, vocab_block)
 
 
 def test_every_subset_of_gradients() -> None:

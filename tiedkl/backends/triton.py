@@ -1,7 +1,12 @@
-"""The fused Triton kernels (kernels/): logits exist only as tiles, and nothing of vocabulary size is in memory.
+"""The fused Triton kernels (kernels/), in either strategy of docs/design.md, "Strategies".
 
-Two passes over the vocabulary (docs/design.md, "Strategies"): statistics of the rows, then blocks of B vocabulary rows,
-each with its logits computed again: the gradient block G (C, B) in the input dtype, d_h += G w and d_w = G^T h.
+vocab_blocks: logits exist only as tiles, and nothing of vocabulary size is in memory. Two passes over the vocabulary:
+statistics of the rows, then blocks of B vocabulary rows, each with its logits computed again: the gradient block
+G (C, B) in the input dtype, d_h += G w and d_w = G^T h.
+
+token_blocks: where the budget holds whole rows of many tokens their logits are computed once, by the BLAS, and kept in
+float32; the same kernels read their tiles instead of multiplying.
+
 Reference: tiedkl/reference.py. Nothing waits for the device, and there are no atomics: reruns give the same bits.
 """
 
@@ -16,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan, Tuning
+from ..plan import TOKEN_BLOCKS, Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
 
 try:
-    from ..kernels import grads, launch, stats
+    from ..kernels import grads, launch, products, stats
 except ImportError as error:
     MISSING: str | None = f"triton cannot be imported ({error})"
 else:
@@ -34,8 +39,8 @@ FULL = Tuning(
     z_buffers=1 + SUMS,
     s_buffers=1,
     row_buffers=0,
-    token_block=0,
-    min_token_block=16,  # rows that tensor cores multiply at once
+    token_block=4096,
+    min_token_block=1024,  # a block of fewer rows reads all of w for little work
     min_vocab_block=512,
     panel=1 << 62,
     targets_per_token=1.0,
@@ -47,7 +52,7 @@ FULL = Tuning(
 ALIGNED = (
     16  # elements: Triton compiles wide stores, and cuBLAS takes its fast kernels, for rows that start at 16 bytes
 )
-HALF = replace(FULL, z_buffers=0.5 + SUMS, delta_buffers=1.5)
+HALF = replace(FULL, z_buffers=0.5 + SUMS, kept_buffers=1, delta_buffers=1.5)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -67,12 +72,12 @@ def tuning(dtype: torch.dtype) -> Tuning:
 
 
 def forward(problem: Problem, plan: Plan) -> Terms:
-    """Per-token terms in 2 + 2 rho GEMMs (1 without KL)."""
+    """Per-token terms in 1 + rho GEMMs (2 + 2 rho in vocabulary blocks; 1 without KL)."""
     return _walk(problem, plan, None, Needs())[0]
 
 
 def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
-    """Per-token terms and gradients in 4 + 2 rho GEMMs."""
+    """Per-token terms and gradients in 3 + rho GEMMs (4 + 2 rho in vocabulary blocks)."""
     return _walk(problem, plan, g, needs)
 
 
@@ -110,6 +115,7 @@ class _Walk:
         self.p, self.plan, self.needs, self.o = p, plan, needs, p.options
         self.inv_t = 1.0 / p.options.temperature
         self.stride = -(-plan.vocab_block // ALIGNED) * ALIGNED  # of all blocks of columns
+        self.stored = plan.strategy == TOKEN_BLOCKS
         self.kl = bool(p.options.alpha)
         self.target_grad = g is not None and self.kl and p.options.target_grad and (needs.w if p.t is None else needs.t)
         self.grad = g is not None
@@ -137,44 +143,53 @@ class _Walk:
         return Terms(*self.terms.unbind(0)), Grads(*(self.d.get(k) for k in "hwbt"))
 
     def block(self, tokens: slice) -> None:
-        """Both passes over the vocabulary for some tokens."""
+        """Everything that becomes of some tokens."""
         p = replace(self.p, h=self.p.h[tokens], y=self.p.y[tokens])
         targets = launch.distinct(p.y, len(p.w))
-        sums = stats.target_stats(p.teacher, targets, self.inv_t) if self.kl else None
-        terms, rows = stats.token_stats(p, self.g[tokens], targets, sums, self.inv_t)
 
         def buffer(rows: int, dtype: torch.dtype, wanted: bool) -> Any:
             return p.h.new_empty(rows, self.stride, dtype=dtype) if wanted else None
 
         s = buffer(targets.capacity, torch.float32, self.kl)
-        grad = buffer(len(p.y), p.h.dtype, self.grad)
+        z = buffer(len(p.y), torch.float32, self.stored)
+        if z is not None:
+            _multiply(z[:, : len(p.w)], p.h, p.w.T, False)
+            if self.kl:
+                grads.similarities(p.teacher, targets, slice(0, len(p.w)), s)
+        sums = stats.target_stats(p.teacher, targets, self.inv_t, s if self.stored else None) if self.kl else None
+        terms, rows = stats.token_stats(p, self.g[tokens], targets, sums, self.inv_t, z)
+
+        in_place = z is not None and z.dtype == p.h.dtype
+        grad = z if in_place else buffer(len(p.y), p.h.dtype, self.grad)
         delta = buffer(len(p.y), torch.float32, self.target_grad)
-        slots = grads.column_tiles(p.h, self.plan.vocab_block)
+        slots = grads.column_tiles(p.h, self.plan.vocab_block, self.stored)
         kl = p.h.new_zeros(slots, len(p.y), dtype=torch.float32) if self.kl else None
 
         def evaluate(columns: slice, kl: Tensor | None, grad: Tensor | None, delta: Tensor | None) -> None:
-            if self.kl:
+            if self.kl and not self.stored:
                 grads.similarities(p.teacher, targets, columns, s)
             which = targets.which
-            grads.gradient_block(p, rows, which, s, columns, self.inv_t, kl=kl, grad=grad, delta=delta, terms=terms)
+            grads.gradient_block(
+                p, rows, which, s, columns, self.inv_t, z=z, kl=kl, grad=grad, delta=delta, terms=terms
+            )
 
         # The target gradient needs each token's KL before its first column, as does a loss without gradient.
         divergence_first = self.target_grad or not self.grad
         if divergence_first and kl is not None:
             for columns in self.columns():
                 evaluate(columns, kl, None, None)
-            terms[1] = kl.sum(0)
+            terms[1] += kl.sum(0)
         if self.grad:
             through = _ThroughTargets(self, p, targets) if self.target_grad else None
             for columns in self.columns():
                 evaluate(columns, None if divergence_first else kl, grad, delta)
                 self.products(grad[:, : columns.stop - columns.start], p.h, tokens, columns)
-                if through:
-                    through.block(delta, s, sums, columns)
+                if through and sums:
+                    through.block(delta, s, sums.sums, columns)
             if through:
                 through.finish()
             if kl is not None and not divergence_first:
-                terms[1] = kl.sum(0)
+                terms[1] += kl.sum(0)
         self.terms[:, tokens] = terms
 
     def columns(self) -> Iterator[slice]:
@@ -210,10 +225,11 @@ class _ThroughTargets:
     def block(self, delta: Tensor, s: Tensor, sums: Any, columns: slice) -> None:
         """Add the share of some vocabulary rows, whose delta and s are given."""
         width = columns.stop - columns.start
-        grads.target_gradient(delta, self.order, self.start, s, sums, self.targets, width, self.inv_t, self.block_t)
+        grads.target_gradient(delta, self.order, self.start, s, sums, self.targets, columns, self.inv_t, self.block_t)
         t_block = self.block_t[:, :width]
-        _multiply(self.d_t[columns], t_block.T, self.u, True)
-        _multiply(self.d_u, t_block, self.t[columns], True)
+        count = self.targets.count
+        products.add_counted_product(self.d_t[columns], t_block.T, self.u, count, inner=True)
+        products.add_counted_product(self.d_u, t_block, self.t[columns], count, inner=False)
 
     def finish(self) -> None:
         """Add the rows of the targets themselves."""

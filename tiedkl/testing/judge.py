@@ -160,7 +160,7 @@ class Ratio:
     """RMS error of a suite over eager's."""
 
     value: float
-    standard_error: float  # jackknife over cases
+    standard_error: float  # jackknife over cases; infinite where there is but one
     cases: int
 
     @property
@@ -187,6 +187,8 @@ def _ratio_of(pairs: list[tuple[float, float]]) -> Ratio:
     ours, eagers, n = sum(a for a, _ in pairs), sum(b for _, b in pairs), len(pairs)
     if not eagers:
         return Ratio(math.inf if ours else 0.0, 0.0, n)
+    if n == 1:
+        return Ratio(math.sqrt(ours / eagers), math.inf, n)
     without = [math.sqrt(max(ours - a, 0.0) / (eagers - b)) if eagers > b else 0.0 for a, b in pairs]
     mean = sum(without) / n
     return Ratio(math.sqrt(ours / eagers), math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in without)), n)

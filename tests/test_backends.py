@@ -125,6 +125,19 @@ def test_choice_depends_on_device_and_dtype_only() -> None:
     assert all(skipped.values()), "every backend passed over has a reason"
 
 
+def test_cuda_tensors_go_to_triton_or_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, triton = torch.device("cuda"), backends.load("triton")
+    monkeypatch.setattr(triton, "MISSING", None)
+    assert backends.choose("auto", cuda, torch.bfloat16)[0] == "triton"
+    name, skipped = backends.choose("auto", cuda, torch.float64)
+    assert name == "torch"
+    assert "float64 is not supported" in skipped["triton"]
+    monkeypatch.setattr(triton, "MISSING", "triton cannot be imported (why)")
+    name, skipped = backends.choose("auto", cuda, torch.bfloat16)
+    assert name == "torch"
+    assert skipped["triton"] == "triton cannot be imported (why)"
+
+
 def test_an_unknown_device_leaves_the_compiled_backend_out() -> None:
     why = backends.load("cpp").unsupported(torch.device("meta"), torch.float32)
     assert why is not None

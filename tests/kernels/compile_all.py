@@ -69,16 +69,16 @@ GRADIENT_OPTIONS = options(
 )  # fmt: skip
 
 
-def others() -> Iterator[tuple[Any, str, None, dict[str, Any]]]:
+def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
     """Kernels without products of their own, in the dtypes that matter to them."""
     tile = config.STORED
     size = {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": True, "PRECISION": "ieee"}
-    yield stats.target_stats_kernel, "fp32", None, {**size, "STORED": True}
+    yield stats.target_stats_kernel, "fp32", tile, {**size, "STORED": True}
     for some in TOKEN_OPTIONS[:3]:
-        yield stats.token_stats_kernel, "fp32", None, {**size, **some, "STORED": True}
+        yield stats.token_stats_kernel, "fp32", tile, {**size, **some, "STORED": True}
     for dtype in ("bf16", "fp16", "fp32"):
         for some in GRADIENT_OPTIONS[: 1 if dtype == "fp16" else 4]:
-            yield grads.gradient_kernel, dtype, None, {**size, **some, "STORED": True}
+            yield grads.gradient_kernel, dtype, tile, {**size, **some, "STORED": True}
         yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS}
         for some in options("HAS_ROWS HAS_BIAS SOFTCAP", "HAS_ROWS", "HAS_BIAS SOFTCAP"):
             size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}
@@ -94,7 +94,7 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for first, tile in enumerate(config.tiles(architecture, size)):
-                for even in (True, False):
+                for even in (True, False) if dtype != "fp16" and precision == "ieee" else (True,):
                     product = {
                         "BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": even,
                         "PRECISION": precision,

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+import tiedkl
 from tiedkl import backends, ops
 
 
@@ -36,13 +37,14 @@ def compiled() -> ModuleType:
 def extension(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The same as what `impl="cuda"` runs."""
     monkeypatch.setitem(sys.modules, "tiedkl._C_cuda", compiled)
-    import tiedkl
-
     monkeypatch.setattr(tiedkl, "_C_cuda", compiled, raising=False)
     backend = backends.load("cuda")
-    for cached in (backend.extension, ops._plan):
-        cached.cache_clear()
+
+    def forget() -> None:
+        for cached in (backend.extension, backend._missing_code, ops._plan):
+            cached.cache_clear()
+
+    forget()
     yield compiled
     compiled.set_order(0)
-    for cached in (backend.extension, ops._plan):
-        cached.cache_clear()
+    forget()

@@ -40,7 +40,7 @@ inline dim3 threadIdx, blockIdx;
 namespace cuda_on_host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = (64 << 10) + 4416;  // not a power of two, or all stacks would share a few cache lines
 
 enum Order { kForward, kBackward, kShuffled };
 inline Order order = kForward;
@@ -71,6 +71,8 @@ struct Machine {
 
 inline Machine machine;
 
+inline void run_fiber();
+
 inline void enter(int place) {
   Machine& m = machine;
   m.place = place;
@@ -79,6 +81,11 @@ inline void enter(int place) {
   Fiber& f = m.fibers[m.current];
   if (f.started) _longjmp(f.state, 1);
   f.started = true;
+  getcontext(&f.start);
+  f.start.uc_stack.ss_sp = f.stack.get();
+  f.start.uc_stack.ss_size = kStack;
+  f.start.uc_link = nullptr;
+  makecontext(&f.start, run_fiber, 0);
   setcontext(&f.start);
 }
 
@@ -111,10 +118,13 @@ inline void wait(Barrier& b) {
 
 inline void run_fiber() {
   Machine& m = machine;
-  (*m.body)();
-  m.fibers[m.current].done = true;
-  --m.live, m.idle = 0;
-  hand_over();
+  for (;;) {  // a turn for each block
+    (*m.body)();
+    Fiber& self = m.fibers[m.current];
+    self.done = true;
+    --m.live, m.idle = 0;
+    if (_setjmp(self.state) == 0) hand_over();
+  }
 }
 
 inline void run_block(int threads) {
@@ -126,14 +136,7 @@ inline void run_block(int threads) {
   m.places.resize(threads);
   for (int i = 0; i < threads; ++i) m.places[i] = order == kBackward ? threads - 1 - i : i;
   if (order == kShuffled) std::shuffle(m.places.begin(), m.places.end(), m.random);
-  for (Fiber& f : m.fibers) {
-    f.started = f.done = false;
-    getcontext(&f.start);
-    f.start.uc_stack.ss_sp = f.stack.get();
-    f.start.uc_stack.ss_size = kStack;
-    f.start.uc_link = nullptr;
-    makecontext(&f.start, run_fiber, 0);
-  }
+  for (Fiber& f : m.fibers) f.done = false;
   if (_setjmp(m.finished) == 0) enter(0);
 }
 

@@ -41,7 +41,7 @@ def extension(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator
     backend = backends.load("cuda")
 
     def forget() -> None:
-        for cached in (backend.extension, backend._missing_code, ops._plan):
+        for cached in (backend.extension, ops._plan):
             cached.cache_clear()
 
     forget()

@@ -28,12 +28,18 @@ UNITS = {  # source -> flags
 }
 
 
+def has_fma() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " fma " in cpuinfo.read_text()
+
+
 def flags() -> list[str]:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     macros = {"TORCH_VERSION": torch.__version__, "NVCC_VERSION": "", "ARCHITECTURES": "host"}
     return [
         "-std=c++20" if version >= (2, 13) else "-std=c++17",
-        *("-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+        *("-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        *(("-mfma", "-ffp-contract=fast") if has_fma() else ()),  # nvcc fuses multiplications and additions, too
         "-U_FORTIFY_SOURCE",  # it takes a longjmp to another fiber's stack for an error
         f"-DTORCH_EXTENSION_NAME={NAME}",
         *(f'-DTIEDKL_{name}="{value}"' for name, value in macros.items()),

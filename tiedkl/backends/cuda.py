@@ -62,18 +62,16 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """
     for kind, digits, letter in re.findall(r"(sm|compute)_(\d+)([a-z]?)", architectures):
         built = divmod(int(digits), 10)
-        if built == capability or (not letter and built < capability and (kind == "compute" or built[0] == capability[0])):
+        if built == capability or (
+            not letter and built < capability and (kind == "compute" or built[0] == capability[0])
+        ):
             return True
     return False
 
 
 @functools.cache
-def _missing_code(device: torch.device) -> str | None:
-    """Why the extension's kernels do not run on a device, or None."""
-    module: Any = extension()
-    architectures = module.build_info()["architectures"]
-    if device.type == "cpu":
-        return None if architectures == "host" else f"it runs on a GPU, got device {device}"
+def _missing_code(device: torch.device, architectures: str) -> str | None:
+    """Why code for `architectures` does not run on a GPU, or None."""
     if architectures == "host":
         return "tiedkl._C_cuda was compiled for the host, which is for tests"
     capability = torch.cuda.get_device_capability(device)
@@ -88,12 +86,14 @@ def _missing_code(device: torch.device) -> str | None:
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """None on NVIDIA GPUs when the extension is built for them."""
-    if device.type not in ("cuda", "cpu") or torch.version.hip:
-        return f"it runs on an NVIDIA GPU, got device {device}"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not supported: tensor cores multiply float32, bfloat16 and float16"
     module = extension()
-    return module if isinstance(module, str) else _missing_code(device)
+    if device.type == "cpu" and not isinstance(module, str) and module.build_info()["architectures"] == "host":
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"it runs on an NVIDIA GPU, got device {device}"
+    return module if isinstance(module, str) else _missing_code(device, module.build_info()["architectures"])
 
 
 def tuning(dtype: torch.dtype) -> Tuning:

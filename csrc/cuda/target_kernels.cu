@@ -45,7 +45,8 @@ __global__ void begin_targets_kernel(Block b, Matrix t) {
 
 // A thread block for some columns of one target's row; the tokens of the target are added up in their order.
 template <typename Out>
-__global__ void __launch_bounds__(kThreads) target_gradient_kernel(Block b, LossParams p, const int64_t* order, const int64_t* start, Out* out, int64_t ld) {
+__global__ void __launch_bounds__(kThreads) target_gradient_kernel(Block b, LossParams p, const int64_t* order, const int64_t* start,
+                                                                   Out* out, int64_t ld) {
   const int64_t u = blockIdx.x, i = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * kLane;
   if (i >= b.cols) return;
   Pack<Out> result{};

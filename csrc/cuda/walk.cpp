@@ -171,7 +171,8 @@ class Walk {
     }
     if (!write) return;
     if (target_grad_) {  // before G takes the place of the logits
-      write_target_gradient(b_, params_, data<int64_t>(order_), data<int64_t>(start_), through_.data_ptr(), through_.stride(0), dtype_of(through_), stream_);
+      write_target_gradient(b_, params_, data<int64_t>(order_), data<int64_t>(start_), through_.data_ptr(), through_.stride(0),
+                            dtype_of(through_), stream_);
     }
     write_gradient(b_, params_, dtype_of(h_), divergence_wanted, stream_);
   }

@@ -1,4 +1,4 @@
-"""CE + KL forward and backward on a GPU: tiedkl's Triton kernels against PyTorch and other libraries' fused losses.
+"""CE + KL forward and backward on a GPU: tiedkl's kernels against PyTorch and other libraries' fused losses.
 
     python benchmarks/bench_gpu.py --out DIR          every shape; table, and in DIR JSON, CSV and plots
     python benchmarks/bench_gpu.py --shapes 8192,32000,768 --dtype float16 --rounds 15
@@ -192,9 +192,9 @@ class Shape:
                 "gemm_units": s / self.unit,
                 "floor_fraction": (3 + (self.rho if c.kl else 0)) * self.unit / s,
             }
-            if c.impl:  # "4 + 2 rho GEMMs"
-                whole, share = re.search(r"(\d+) \+ (?:(\d+) )?rho GEMMs", row["plan"]).groups()
-                row["own_floor_fraction"] = (int(whole) + int(share or 1) * self.rho) * self.unit / s
+            if c.impl:  # "4 + 2 rho GEMMs", or "6 GEMMs"
+                whole, rho, share = re.search(r"(\d+)( \+ (?:(\d+) )?rho)? GEMMs", row["plan"]).groups()
+                row["own_floor_fraction"] = (int(whole) + (int(share or 1) * self.rho if rho else 0)) * self.unit / s
 
     def failures(self) -> list[str]:
         """Names of what must run: tiedkl and eager. Running out of memory is a result."""

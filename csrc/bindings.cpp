@@ -1,6 +1,7 @@
 // The pybind11 module, nothing else.
 #include <torch/extension.h>
 
+#include "arguments.h"
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_f32.h"
 #include "cpu/row_kernels.h"
@@ -8,29 +9,20 @@
 
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using tiedkl::OptionalTensor;
 
 std::vector<at::Tensor> walk(const at::Tensor& h, const at::Tensor& w, const at::Tensor& y, const OptionalTensor& b,
                              const OptionalTensor& t, const OptionalTensor& g, double temperature, double alpha,
                              double label_smoothing, double z_loss, double softcap, bool target_grad,
                              std::tuple<bool, bool, bool, bool> needs, std::tuple<int64_t, int64_t, int64_t, int64_t> blocks) {
-  const auto [need_h, need_w, need_b, need_t] = needs;
-  const auto [tokens, targets, vocab, panel] = blocks;
-  TORCH_CHECK_VALUE(h.dim() == 2 && w.dim() == 2 && h.size(1) == w.size(1), "h (N, D) and w (V, D) do not match");
-  TORCH_CHECK_VALUE(y.dim() == 1 && y.size(0) == h.size(0) && y.scalar_type() == at::kLong && y.is_contiguous(), "y must be (N,) int64");
-  TORCH_CHECK_VALUE(y.numel() == 0 || y.max().item<int64_t>() < w.size(0), "a target is outside [0, V)");
-  TORCH_CHECK_VALUE(!b || (b->dim() == 1 && b->size(0) == w.size(0)), "b must be (V,)");
-  TORCH_CHECK_VALUE(!t || (t->dim() == 2 && t->size(0) == w.size(0)), "t must be (V, D')");
-  TORCH_CHECK_VALUE(!g || (g->dim() == 1 && g->size(0) == h.size(0) && g->is_contiguous() &&
-                           g->scalar_type() == (h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
-                    "g must be (N,) in the accumulation dtype");
-  TORCH_CHECK_VALUE(g || !(need_h || need_w || need_b || need_t), "gradients need g");
-  TORCH_CHECK_VALUE(tokens > 0 && targets > 0 && vocab > 0 && panel > 0, "block sizes must be positive");
   const tiedkl::LossParams params{temperature, alpha, label_smoothing, z_loss, softcap, target_grad};
+  const tiedkl::Problem problem = tiedkl::checked_problem(h, w, y, b, t, g, params, needs);
+  const tiedkl::BlockSizes sizes = tiedkl::checked_blocks(blocks);
+  TORCH_CHECK_VALUE(y.numel() == 0 || y.max().item<int64_t>() < w.size(0), "a target is outside [0, V)");
   tiedkl::Result r;
   {
     pybind11::gil_scoped_release release;
-    r = tiedkl::walk({h, w, y, b, t, g, params, need_h, need_w, need_b, need_t}, {tokens, targets, vocab, panel});
+    r = tiedkl::walk(problem, sizes);
   }
   return {r.terms, r.d_h, r.d_w, r.d_b, r.d_t};
 }

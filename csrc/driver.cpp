@@ -15,6 +15,7 @@
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_f32.h"
 #include "cpu/row_kernels.h"
+#include "strategies.h"
 #include "target_logits.h"
 #include "token_blocks.h"
 
@@ -81,7 +82,6 @@ class Walk {
         v_(p.w.size(0)),
         kl_(p.params.alpha != 0.0),
         max_rows_(kl_ ? sizes.tokens + sizes.targets : sizes.tokens),
-        whole_(sizes.vocab >= p.w.size(0)),
         grad_(p.g.has_value()),
         teacher_grad_(kl_ && p.params.target_grad && grad_ && (p.t ? p.need_t : p.need_w)),
         w_(p.w, operand_.dtype().toScalarType(), sizes.panel),
@@ -96,11 +96,8 @@ class Walk {
     const std::vector<int64_t> order = group_by_target(p_.y.const_data_ptr<int64_t>(), n_);
     for (const Block& block : make_blocks(order, p_.y.const_data_ptr<int64_t>(), max_rows_, kl_)) {
       load(block, order);
-      if (whole_) {
-        whole_block(block);
-      } else {
-        tiled_block(block);
-      }
+      block_ = &block;
+      walk_block(*this, {v_, sizes_.vocab, kl_, grad_, teacher_grad_});
       save(block, order);
       first_ = false;
     }
@@ -113,6 +110,8 @@ class Walk {
   }
 
  private:
+  friend void walk_block<Walk>(Walk&, const Strategy&);
+
   void allocate() {
     const int64_t width = std::min(sizes_.vocab, v_), rows = std::min(max_rows_, n_), d = p_.h.size(1);
     const Tensor& t = p_.t ? *p_.t : p_.w;
@@ -188,21 +187,21 @@ class Walk {
     if (p_.need_h) out_.d_h.index_copy_(0, index(order.data() + block.begin, rows), d_h_.slice(0, 0, rows));
   }
 
-  // Logits and similarities of vocabulary rows [v0, v1) into columns [v0 - at, v1 - at) of the block. They are one product where
-  // both are taken with w.
-  void products(int64_t v0, int64_t v1, int64_t at) {
+  // Logits and similarities of vocabulary rows [v0, v1) into the block. They are one product where both are taken with w.
+  void products(int64_t v0, int64_t v1) {
     const int64_t rows = z_.size(0) + (p_.t ? 0 : s_.size(0));
     for (int64_t a = v0; a < v1; a += sizes_.panel) {
       const int64_t b = std::min(a + sizes_.panel, v1);
-      Tensor z = logits_.slice(0, 0, rows).slice(1, a - at, b - at);
+      Tensor z = logits_.slice(0, 0, rows).slice(1, a - v0, b - v0);
       multiply(z, operands_.slice(0, 0, rows), w_.rows(a, b).t(), true);
       if (!kl_ || !p_.t) continue;
-      Tensor s = s_.slice(1, a - at, b - at);
+      Tensor s = s_.slice(1, a - v0, b - v0);
       multiply(s, u_, t_.rows(a, b).t(), true);
     }
   }
 
-  void rows_kernel(const Block& block, int64_t v0, int64_t v1, unsigned stages) {
+  void rows(int64_t v0, int64_t v1, unsigned stages) {
+    const Block& block = *block_;
     T* o = outputs_.template mutable_data_ptr<T>();
     const int64_t stride = outputs_.size(1);
     const auto data = [](Tensor& x) { return x.defined() ? x.template mutable_data_ptr<T>() : nullptr; };
@@ -227,17 +226,18 @@ class Walk {
                             data(q_),
                             data(a_)};
     const cpu::RowKernels<T>& kernels = cpu::row_kernels<T>();
-    if (kl_ && (stages & cpu::kStats)) kernels.teacher_stats(tile, params_);
+    if (kl_ && (stages & kStats)) kernels.teacher_stats(tile, params_);
     kernels.token_rows(tile, params_, stages);
   }
 
   // d_h += G w, d_w = G^T h, d_b = sum G, and the target gradient's two products, for vocabulary rows [v0, v1).
-  void gradients(int64_t v0, int64_t v1, int64_t at, bool first_columns) {
+  void gradients(int64_t v0, int64_t v1) {
+    const bool first_columns = v0 == 0;
     Tensor d_h = d_h_.defined() ? d_h_.slice(0, 0, z_.size(0)) : d_h_;
     Tensor d_u = d_u_.defined() ? d_u_.slice(0, 0, s_.size(0)) : d_u_;
     for (int64_t a = v0; a < v1; a += sizes_.panel) {
       const int64_t b = std::min(a + sizes_.panel, v1);
-      const Tensor grad = z_.slice(1, a - at, b - at);
+      const Tensor grad = z_.slice(1, a - v0, b - v0);
       if (p_.need_h) multiply(d_h, grad, w_.rows(a, b), first_columns && a == v0);
       if (p_.need_w) {
         Tensor d_w = out_.d_w.slice(0, a, b);
@@ -252,7 +252,7 @@ class Walk {
         }
       }
       if (!teacher_grad_) continue;
-      const Tensor d_s = s_.slice(1, a - at, b - at);
+      const Tensor d_s = s_.slice(1, a - v0, b - v0);
       Tensor d_t = (p_.t ? out_.d_t : out_.d_w).slice(0, a, b);
       multiply(d_t, d_s.t(), u_, p_.t ? first_ : false);
       if (s_.size(0) < kFewTargets) {
@@ -297,48 +297,11 @@ class Walk {
   }
 
   // After every column of d_w (or d_t) holds this block's share: the rows of the targets themselves.
-  void add_target_rows(const Block& block) {
+  void add_target_rows() {
+    const Block& block = *block_;
     const int64_t targets = block.targets.size();
     Tensor& d_t = p_.t ? out_.d_t : out_.d_w;
     d_t.index_add_(0, index(block.targets.data(), targets), d_u_.slice(0, 0, targets));
-  }
-
-  // token_blocks: the block spans the vocabulary; logits are computed once and become their own gradient.
-  void whole_block(const Block& block) {
-    products(0, v_, 0);
-    unsigned stages = cpu::kPrepare | cpu::kStats | cpu::kFinish | cpu::kDivergence;
-    if (grad_) stages |= cpu::kGradient;
-    rows_kernel(block, 0, v_, stages);
-    if (!grad_) return;
-    gradients(0, v_, 0, true);
-    if (teacher_grad_) add_target_rows(block);
-  }
-
-  // vocab_blocks: one pass for the statistics, one that computes the logits again for the gradient.
-  void tiled_block(const Block& block) {
-    for_tiles([&](int64_t v0, int64_t v1) {
-      products(v0, v1, v0);
-      rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kStats | (v1 == v_ ? cpu::kFinish : 0));
-    });
-    const bool divergence_first = kl_ && (!grad_ || teacher_grad_);  // the target gradient needs each token's KL
-    if (divergence_first) {
-      for_tiles([&](int64_t v0, int64_t v1) {
-        products(v0, v1, v0);
-        rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kDivergence);
-      });
-    }
-    if (!grad_) return;
-    for_tiles([&](int64_t v0, int64_t v1) {
-      products(v0, v1, v0);
-      rows_kernel(block, v0, v1, cpu::kPrepare | cpu::kGradient | (divergence_first ? 0 : cpu::kDivergence));
-      gradients(v0, v1, v0, v0 == 0);
-    });
-    if (teacher_grad_) add_target_rows(block);
-  }
-
-  template <typename Body>
-  void for_tiles(const Body& body) {
-    for (int64_t v0 = 0; v0 < v_; v0 += sizes_.vocab) body(v0, std::min(v0 + sizes_.vocab, v_));
   }
 
   const Problem& p_;
@@ -350,12 +313,13 @@ class Walk {
   const int64_t n_, v_;
   const bool kl_;
   const int64_t max_rows_;
-  const bool whole_, grad_, teacher_grad_;
+  const bool grad_, teacher_grad_;
   bool first_ = true;  // no block has been added to d_w, d_b, d_t yet
   Panels w_, t_;
   Result out_;
   // Whole scratch, logits above similarities, h above u; then the current block's part of it.
   Tensor logits_, operands_, u_buffer_, q_, a_, d_h_, d_u_, bias_, outputs_, packed_;
+  const Block* block_ = nullptr;
   Tensor z_, s_, h_, u_;
   std::vector<int64_t> y_;
   std::vector<double> g_;

@@ -8,9 +8,9 @@
 //   l1 - z_y = log1p(sum_others)                          when z_y is the row maximum.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define TIEDKL_HD __host__ __device__ __forceinline__
@@ -31,11 +31,11 @@ struct LossParams {
 
 // Running sums over the other columns of one token's row, relative to the running maximum m.
 struct TokenState {
-  double m = -std::numeric_limits<float>::max();  // max over v != y
-  double sum = 0;                                  // sum e^(z - m)
-  double sum_t = 0;                                // sum e^((z - m)/tau)
-  double weighted = 0;                             // sum e^(z - m) (z - m)
-  double total = 0;                                // sum z, over all columns (label smoothing only)
+  double m = -FLT_MAX;    // max over v != y
+  double sum = 0;         // sum e^(z - m)
+  double sum_t = 0;       // sum e^((z - m)/tau)
+  double weighted = 0;    // sum e^(z - m) (z - m)
+  double total = 0;       // sum z, over all columns (label smoothing only)
   double zy = 0;
   double zy_exact = 0;  // to more digits than the block holds (target_logits.h), for the comparison with the similarities
   // Set by finish_token.
@@ -59,9 +59,22 @@ TIEDKL_HD void rebase(TokenState& s, double m, double inv_t) {
   s.m = m;
 }
 
+// Take in the sums over other columns of the same row.
+TIEDKL_HD void merge(TokenState& s, TokenState other, double inv_t) {
+  if (other.m > s.m) {
+    rebase(s, other.m, inv_t);
+  } else {
+    rebase(other, s.m, inv_t);
+  }
+  s.sum += other.sum;
+  s.sum_t += other.sum_t;
+  s.weighted += other.weighted;
+  s.total += other.total;
+}
+
 // Running sums of one row of similarities t[u] . t[v] (not yet divided by tau) over v != u, relative to the running maximum.
 struct TeacherState {
-  double m = -std::numeric_limits<float>::max();  // over the columns so far, that of u included
+  double m = -FLT_MAX;  // over the columns so far, that of u included
   double sum = 0;     // sum e^((s - m)/tau)
   double self = 0;    // t[u] . t[u] to more digits than the block holds (target_logits.h)
   int64_t peak = -1;  // column of the maximum (target_grad only)
@@ -73,6 +86,17 @@ TIEDKL_HD double total(const TeacherState& s, double inv_t) { return s.sum + std
 TIEDKL_HD void rebase(TeacherState& s, double m, double inv_t) {
   s.sum *= std::exp((s.m - m) * inv_t);
   s.m = m;
+}
+
+// Take in the sums over later columns of the same row: of equal maxima the first one's column stays.
+TIEDKL_HD void merge(TeacherState& s, TeacherState other, double inv_t) {
+  if (other.m > s.m) {
+    rebase(s, other.m, inv_t);
+    s.peak = other.peak;
+  } else {
+    rebase(other, s.m, inv_t);
+  }
+  s.sum += other.sum;
 }
 
 struct TokenTerms {

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +28,7 @@ def test_imports_without_optional_parts(tmp_path: Path) -> None:
     """No triton, no extension, no numpy, no plotting: the import works and the loss still has a backend."""
     code = """
 import sys
-for name in ("triton", "tiedkl._C", "tqdm", "matplotlib", "jinja2"):
+for name in ("triton", "tiedkl._C", "tiedkl._C_cuda", "tqdm", "matplotlib", "jinja2"):
     sys.modules[name] = None  # an import of it raises ModuleNotFoundError
 import torch, tiedkl
 h, w, y = torch.randn(6, 4), torch.randn(10, 4), torch.arange(6)
@@ -71,7 +73,8 @@ PIP = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"
 
 
 def test_wheel_contents(sources: Path, tmp_path: Path) -> None:
-    built = run(*PIP, "-w", str(tmp_path), ".", cwd=sources, TIEDKL_BUILD_CPU="0", TIEDKL_FORCE_BUILD="0")
+    nothing = {"TIEDKL_BUILD_CPU": "0", "TIEDKL_BUILD_CUDA": "0", "TIEDKL_FORCE_BUILD": "0"}
+    built = run(*PIP, "-w", str(tmp_path), ".", cwd=sources, **nothing)
     assert built.returncode == 0, built.stdout + built.stderr
     assert "tiedkl._C is NOT built: TIEDKL_BUILD_CPU=0" in built.stdout + built.stderr
     (wheel,) = tmp_path.glob("tiedkl-*.whl")
@@ -107,6 +110,83 @@ def test_a_failing_compiler_leaves_a_pure_python_install(sources: Path, tmp_path
     assert "tiedkl._C is NOT built" in built.stderr
     assert "pip install --no-build-isolation" in built.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+FAKE_NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+--list-gpu-code) printf 'sm_80\\nsm_90\\n' ;;
+*) echo "asked to compile: $*" >&2; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path: Path) -> dict[str, str]:
+    """Environment of a build that wants CUDA, with an nvcc that compiles nothing."""
+    compiler = tmp_path / "toolkit" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(FAKE_NVCC)
+    compiler.chmod(0o755)
+    return {
+        "CUDA_HOME": str(tmp_path / "toolkit"), "TORCH_CUDA_ARCH_LIST": "", "TIEDKL_BUILD_CUDA": "1",
+        "TIEDKL_BUILD_CPU": "0", "TIEDKL_FORCE_CUDA": "0", "TIEDKL_FORCE_BUILD": "0",
+    }  # fmt: skip
+
+
+def build_extensions(sources: Path, out: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "build_ext", "-b", str(out), cwd=sources, **env)
+
+
+def test_a_failing_nvcc_leaves_the_other_extension(sources: Path, tmp_path: Path, fake_nvcc: dict[str, str]) -> None:
+    library = tmp_path / "lib" / "tiedkl"
+    library.mkdir(parents=True)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for name in ("_C", "_C_cuda"):
+        (library / f"{name}{suffix}").touch()
+    built = build_extensions(sources, tmp_path / "lib", fake_nvcc)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "tiedkl._C_cuda is NOT built: CalledProcessError" in built.stderr
+    assert [path.name for path in library.iterdir()] == [f"_C{suffix}"]
+    assert (
+        "arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"
+        in (built.stderr)
+    )
+
+
+def test_architectures_can_be_chosen(sources: Path, tmp_path: Path, fake_nvcc: dict[str, str]) -> None:
+    built = build_extensions(sources, tmp_path, {**fake_nvcc, "TORCH_CUDA_ARCH_LIST": "9.0a;10.0+PTX"})
+    assert (
+        "arch=compute_90a,code=sm_90a -gencode=arch=compute_100,code=sm_100 -gencode=arch=compute_100," in built.stderr
+    )
+    built = build_extensions(sources, tmp_path, {**fake_nvcc, "TORCH_CUDA_ARCH_LIST": "Hopper"})
+    assert "'Hopper' is not like 9.0" in built.stderr
+    assert built.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({}, "CalledProcessError"),
+        ({"TIEDKL_BUILD_CUDA": "0"}, "TIEDKL_BUILD_CUDA=0"),
+        ({"CUDA_HOME": "/nowhere"}, "nvcc is neither in CUDA_HOME nor on PATH"),
+    ],
+    ids=["failure", "unwanted", "no nvcc"],
+)
+def test_force_makes_a_missing_cuda_extension_an_error(
+    sources: Path, tmp_path: Path, fake_nvcc: dict[str, str], env: dict[str, str], reason: str
+) -> None:
+    built = build_extensions(sources, tmp_path, {**fake_nvcc, **env, "TIEDKL_FORCE_CUDA": "1"})
+    assert built.returncode != 0
+    assert "TIEDKL_FORCE_CUDA=1, but the CUDA extension tiedkl._C_cuda is not built" in built.stderr
+    assert reason in built.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a build with CUDA")
+def test_without_cuda_in_torch_nothing_is_said(sources: Path, tmp_path: Path, fake_nvcc: dict[str, str]) -> None:
+    built = build_extensions(sources, tmp_path, {**fake_nvcc, "TIEDKL_BUILD_CUDA": ""})
+    assert built.returncode == 0, built.stderr
+    assert "_C_cuda" not in built.stdout + built.stderr
 
 
 @pytest.mark.parametrize("command", [(sys.executable, "-m", "tiedkl"), ("tiedkl",)], ids=["module", "script"])

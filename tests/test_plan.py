@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiedkl import backends
-from tiedkl.backends import triton
+from tiedkl.backends import cuda, triton
 from tiedkl.backends.cpp import NATIVE_BF16
 from tiedkl.plan import DEFAULT_WORKSPACE, MIB, TOKEN_BLOCKS, VOCAB_BLOCKS, Shape, Tuning, make_plan, scratch_bytes
 
@@ -156,6 +156,34 @@ def test_a_large_budget_keeps_the_logits_of_the_fused_kernels() -> None:
     kept = plan.token_block * 32_001 * (logits + gradients + similarities)
     assert kept <= plan.scratch_bytes <= 1.02 * kept
     assert make_plan("triton", shape, triton.HALF).strategy == VOCAB_BLOCKS
+
+
+CUDA = {"float32": cuda.FULL, "bfloat16": cuda.HALF}
+
+
+@settings(max_examples=400, deadline=None)
+@given(shapes, budgets, st.sampled_from(sorted(CUDA)))
+def test_blocks_of_the_cuda_walk_fit(shape: Shape, budget: int | None, dtype: str) -> None:
+    plan = make_plan("cuda", shape, CUDA[dtype], budget)
+    assert plan.scratch_bytes <= plan.workspace_bytes or plan.token_block == plan.vocab_block == 1
+    assert (plan.strategy == TOKEN_BLOCKS) == (plan.vocab_block == shape.vocab)
+    assert plan.vocab_block < 128 or plan.vocab_block % 128 == 0 or plan.strategy == TOKEN_BLOCKS or shape.vocab < 256
+
+
+def test_the_cuda_walk_counts_logits_similarities_and_targets() -> None:
+    """Four bytes each, a target for every token, its row in the input dtype; G takes the place of the logits."""
+    shape = Shape(8192, 128_256, 2048, 2048, half=True)
+    large, strict = (make_plan("cuda", shape, cuda.HALF, budget) for budget in (4 << 30, 32 * MIB))
+    assert (large.strategy, large.gemms) == (TOKEN_BLOCKS, "4")
+    assert (strict.strategy, strict.gemms) == (VOCAB_BLOCKS, "6")
+    for plan in (large, strict):
+        assert plan.scratch_bytes == plan.token_block * (8 * plan.vocab_block + 2 * 2048)
+    assert large.token_block == 4096  # two even blocks
+    through_targets = replace(shape, target_grad=True)
+    more = scratch_bytes(through_targets, cuda.HALF, 100, 100, 1000) - scratch_bytes(shape, cuda.HALF, 100, 100, 1000)
+    assert more >= 100 * (2 * 1000 + 4 * 2048), "T in the input dtype, and d_t of the targets"
+    assert make_plan("cuda", through_targets, cuda.HALF, 4 << 30).gemms == "6"
+    assert make_plan("cuda", replace(shape, kl=False), cuda.HALF, 4 << 30).gemms == "3"
 
 
 def test_printed_plan_is_readable() -> None:

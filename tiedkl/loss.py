@@ -94,7 +94,8 @@ class FusedTiedLoss(nn.Module):
         softcap: c > 0 replaces z by c tanh(z / c).
         target_grad: let the gradient flow into the similarity target; otherwise it is a constant.
         workspace_bytes: budget for scratch memory in bytes, default 64 MiB. A larger one can buy speed.
-        impl: "auto", or one of "cpp", "torch", "reference"; a named one that cannot run raises RuntimeError.
+        impl: "auto", or one of "cpp", "triton", "cuda", "torch", "reference"; a named one that cannot run raises
+            RuntimeError.
         return_terms: return a `TiedLossOutput` instead of the loss alone, at no extra pass.
 
     Arguments of a call, `loss_fn(input, weight, target, bias=None, *, target_weight=None, ...)`:

@@ -53,6 +53,8 @@ class Tuning:
     shared_rows: bool = False  # tokens and targets of a block share C + Cw rows in any proportion
     block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
     row_copies: bool = True  # rows of h and of the similarity source are gathered in the accumulation dtype
+    target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
+    all_targets: bool = False  # products of the distinct targets are taken as if every token had one of its own
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
 
@@ -96,6 +98,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
     rows = tokens * shape.width * (2 if shape.grad else 1) if tuning.row_copies else 0  # gathered h, and its gradient
     if kl and (tuning.row_copies or target_grad):
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
+    elif kl:
+        rows += math.ceil(targets * shape.teacher_width * tuning.target_copies)
     if shape.half:
         rows += tuning.widened * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width)
     return shape.acc_bytes * (math.ceil(columns * vocab) + rows)
@@ -114,7 +118,7 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _gemms(shape: Shape, strategy: str) -> str:
+def _gemms(shape: Shape, strategy: str, all_targets: bool) -> str:
     """Matrix products in units of N x V x D, rho the share of distinct targets."""
     target_grad = shape.kl and shape.grad and shape.target_grad
     walks = 1  # of the logits and the similarities
@@ -122,6 +126,8 @@ def _gemms(shape: Shape, strategy: str) -> str:
         walks += (1 if shape.grad else 0) + (1 if shape.kl and (target_grad or not shape.grad) else 0)
     rho = walks + (2 if target_grad else 0) if shape.kl else 0
     units = walks + (2 if shape.grad else 0)
+    if all_targets:
+        return f"{units + rho}"
     return f"{units} + {rho if rho > 1 else ''}{' ' if rho > 1 else ''}rho" if rho else f"{units}"
 
 
@@ -163,5 +169,5 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         panel=min(tuning.panel, vocab),
         scratch_bytes=scratch_bytes(shape, tuning, tokens, targets, vocab),
         workspace_bytes=budget,
-        gemms=_gemms(shape, strategy),
+        gemms=_gemms(shape, strategy, tuning.all_targets),
     )

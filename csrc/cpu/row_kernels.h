@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../row_math.h"
+#include "../strategies.h"
 
 namespace tiedkl::cpu {
 
@@ -29,13 +30,6 @@ struct Tile {
   T* q;  // scratch (threads, cols): one row of the similarity target
   T* a;  // scratch (threads, 2, cols): sum of g (delta - center) over one target's tokens, high and low parts (target_grad only)
 };
-
-// What to do with each row; a whole-vocabulary block does all of it while the row is in cache.
-constexpr unsigned kPrepare = 1;     // add the bias, apply the softcap
-constexpr unsigned kStats = 2;       // add the row to its TokenState
-constexpr unsigned kFinish = 4;      // close the statistics, write CE, entropy, correct
-constexpr unsigned kDivergence = 8;  // add the row's share of KL to TokenState::kl
-constexpr unsigned kGradient = 16;   // write G over z (and the target gradient over s)
 
 template <typename T>
 struct RowKernels {

@@ -21,19 +21,19 @@ from tiedkl.cli import doctor
 
 
 @pytest.fixture
-def broken_extension(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
-    """Puts a `tiedkl._C` in place of the real one: a module, or the exception that its import raises."""
+def broken_extension(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts an extension in place of the real one: a module, or the exception that its import raises."""
 
-    def put(stand_in: object) -> None:
+    def put(stand_in: object, replaced: str = "tiedkl._C") -> None:
         real_find, real_import = importlib.util.find_spec, doctor.importlib.import_module
 
         def find_spec(name: str, package: str | None = None) -> object:
-            if name != "tiedkl._C":
+            if name != replaced:
                 return real_find(name, package)
             return stand_in and importlib.machinery.ModuleSpec(name, None, origin="somewhere/_C.so")
 
         def import_module(name: str, package: str | None = None) -> types.ModuleType:
-            if name != "tiedkl._C":
+            if name != replaced:
                 return real_import(name, package)
             if isinstance(stand_in, Exception):
                 raise stand_in
@@ -87,6 +87,29 @@ def test_extension_cannot_be_loaded(broken_extension: Callable[[object], None]) 
     report = doctor.collect()
     assert "undefined symbol" in report["extension"]["problem"]
     assert "undefined symbol" in doctor.render(report)
+
+
+def test_cuda_extension(broken_extension: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absent, for another torch, for other devices, as it should be."""
+    broken_extension(None, "tiedkl._C_cuda")
+    text = doctor.render(doctor.collect())
+    assert "tiedkl._C_cuda is not built" in text
+    assert ("is a build without CUDA" in text) == (torch.version.cuda is None)
+
+    def built(version: str) -> types.SimpleNamespace:
+        info = {"torch": version, "compiler": "12.2", "nvcc": "13.0", "architectures": "sm_80 sm_90"}
+        return types.SimpleNamespace(build_info=lambda: info)
+
+    broken_extension(built("1.0.0"), "tiedkl._C_cuda")
+    assert "built for torch 1.0.0" in doctor.collect()["cuda_ext"]["problem"]
+    broken_extension(built(torch.__version__), "tiedkl._C_cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert "device 0 has capability 12.0" in doctor._cuda_extension()["problem"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert doctor._cuda_extension()["problem"] is None
+    assert "nvcc 13.0, for sm_80 sm_90" in "".join(doctor._render_cuda_extension(doctor._cuda_extension()))
 
 
 def test_backend_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

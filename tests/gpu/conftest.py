@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiedkl import backends
+
 HERE = Path(__file__).parent
 
 
@@ -18,6 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend for GPUs that can run here; a module's IMPL, if it has one, is set to its name."""
+    name = str(request.param)
+    why = backends.load(name).unsupported(torch.device("cuda"), torch.float32)
+    if why:
+        pytest.skip(why)
+    if hasattr(request.module, "IMPL"):
+        monkeypatch.setattr(request.module, "IMPL", name)
+    return name
 
 
 @pytest.fixture(autouse=True)

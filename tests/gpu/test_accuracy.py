@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiedkl import testing
+import tiedkl
+from tiedkl import backends, testing
 
 ROUNDS = {"float32": 6, "bfloat16": 4, "float16": 3}  # cases of each kind
 DEVICE = "cuda"
@@ -27,8 +28,8 @@ def breaches(cases: list[testing.Case], impl: str) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ROUNDS)
 @pytest.mark.parametrize("kind", testing.KINDS)
-def test_every_case_is_within_its_bounds(kind: str, dtype: str) -> None:
-    found = breaches(chosen(kind, dtype, ROUNDS[dtype]), "triton")
+def test_every_case_is_within_its_bounds(impl: str, kind: str, dtype: str) -> None:
+    found = breaches(chosen(kind, dtype, ROUNDS[dtype]), impl)
     assert not found, "\n".join(found)
 
 
@@ -47,15 +48,40 @@ def test_the_cases_reach_the_device_as_they_were_made() -> None:
             assert torch.equal(a.nan_to_num(), b.cpu().nan_to_num()), case.id
 
 
-def test_a_slightly_wrong_gradient_is_a_breach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slightly_wrong_gradient_is_a_breach(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds must be able to fail here: a float32 gradient that is off by 0.1%."""
-    from tiedkl.backends import triton
-
-    honest = triton.backward
+    backend = backends.load(impl)
+    honest = backend.backward
 
     def wrong(problem, plan, g, needs):
         terms, d = honest(problem, plan, g, needs)
         return terms, d._replace(w=None if d.w is None else d.w * 1.001)
 
-    monkeypatch.setattr(triton, "backward", wrong)
-    assert any(" dw: " in text for text in breaches(chosen("random", "float32", 3), "triton"))
+    monkeypatch.setattr(backend, "backward", wrong)
+    assert any(" dw: " in text for text in breaches(chosen("random", "float32", 3), impl))
+
+
+@pytest.mark.parametrize("budget", [8 << 20, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_kernels_agree(impl: str, dtype: torch.dtype, budget: int) -> None:
+    """Two implementations that share no code: what they compute in float32 differs by roundings only."""
+    if impl == "triton":
+        pytest.skip("the one the other is compared with")
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(1500, 128, generator=g), torch.randn(7001, 128, generator=g) * 0.3
+    h, w = h.to(DEVICE, dtype).requires_grad_(), w.to(DEVICE, dtype).requires_grad_()
+    y = torch.randint(7001, (1500,), generator=g).to(DEVICE)
+    found = []
+    for name in ("triton", impl):
+        out = tiedkl.fused_tied_loss(
+            h, w, y, target_grad=True, reduction="none", return_terms=True, impl=name, workspace_bytes=budget
+        )
+        assert isinstance(out, tiedkl.TiedLossOutput)
+        grads = torch.autograd.grad(out.loss.sum(), (h, w))
+        found.append(([x.detach() for x in (out.loss, out.ce, out.kl, out.lse, out.entropy)], grads))
+    (terms, grads), (other_terms, other_grads) = found
+    for a, b in zip(terms, other_terms, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    for a, b in zip(grads, other_grads, strict=True):
+        error = (a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt()
+        assert float(error) < (1e-5 if dtype == torch.float32 else 5e-3)

@@ -14,6 +14,8 @@ from tiedkl import ops
 
 N, V, D = 130, 300, 32
 TAU, ALPHA = 20.0, 10.0
+IMPL = ""  # the fixture's
+pytestmark = pytest.mark.usefixtures("impl")
 
 
 def inputs(n: int = N, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +27,7 @@ def inputs(n: int = N, dtype: torch.dtype = torch.float32, seed: int = 0) -> tup
 
 
 def loss_of(h: Tensor, w: Tensor, y: Tensor, **options: Any) -> Tensor:
-    loss = tiedkl.fused_tied_loss(h, w, y, impl="triton", **options)
+    loss = tiedkl.fused_tied_loss(h, w, y, impl=IMPL, **options)
     assert isinstance(loss, Tensor)
     return loss
 

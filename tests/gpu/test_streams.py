@@ -1,4 +1,4 @@
-"""The Triton backend among other work on the device: no waiting, capture, streams, devices, reruns, invalid targets."""
+"""Backends among other work on the device: no waiting, capture, streams, devices, reruns, invalid targets."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 import tiedkl
 
 N, V, D = 700, 1500, 96
+IMPL = ""  # the fixture's
+pytestmark = pytest.mark.usefixtures("impl")
 Options = dict[str, Any]
 EVERYTHING: Options = {
     "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "target_grad": True, "temperature": 3.0, "alpha": 4.0,
@@ -22,6 +24,7 @@ OPTIONS: dict[str, Options] = {
     "sum": {"reduction": "sum", "alpha": 0.0},
     "none": {"reduction": "none"},
     "blocks": {"workspace_bytes": 1 << 20},
+    "token_blocks": {"workspace_bytes": 1 << 30},
     "target_grad": {"target_grad": True},
     "everything": EVERYTHING,
 }
@@ -37,7 +40,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", seed: int 
 
 def step(h: Tensor, w: Tensor, y: Tensor, **options: Any) -> list[Tensor]:
     """Loss and both gradients."""
-    loss = tiedkl.fused_tied_loss(h, w, y, impl="triton", **options)
+    loss = tiedkl.fused_tied_loss(h, w, y, impl=IMPL, **options)
     upstream = torch.linspace(0.5, 2.0, loss.numel(), device=h.device).reshape(loss.shape)
     return [loss.detach(), *torch.autograd.grad(loss, (h, w), upstream)]
 
@@ -64,7 +67,7 @@ def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
     step(*inputs(dtype), **OPTIONS[name])  # compiles
     h, w, y = inputs(dtype, seed=1)
     with waiting_is_an_error():
-        loss = tiedkl.fused_tied_loss(h, w, y, impl="triton", **OPTIONS[name])
+        loss = tiedkl.fused_tied_loss(h, w, y, impl=IMPL, **OPTIONS[name])
         (loss if loss.dim() == 0 else loss.sum()).backward()
     assert h.grad is not None
     assert torch.isfinite(h.grad).all()
@@ -79,7 +82,7 @@ def test_no_argument_waits_for_the_device() -> None:
     def call() -> tiedkl.TiedLossOutput:
         out = tiedkl.fused_tied_loss(
             h, w, y, bias, target_weight=t, token_weight=weight, num_items=1234.5, shift=1, return_terms=True,
-            impl="triton", **EVERYTHING,
+            impl=IMPL, **EVERYTHING,
         )  # fmt: skip
         assert isinstance(out, tiedkl.TiedLossOutput)
         out.loss.backward()
@@ -171,9 +174,9 @@ def test_an_invalid_target_raises_when_asked_to(monkeypatch: pytest.MonkeyPatch)
     y[7] = V
     monkeypatch.setenv("TIEDKL_CHECK_TARGETS", "1")
     with pytest.raises(ValueError, match=rf"target\[7\]={V} is outside \[0, {V}\)"):
-        tiedkl.fused_tied_loss(h, w, y, impl="triton")
+        tiedkl.fused_tied_loss(h, w, y, impl=IMPL)
     y[7] = 0
-    tiedkl.fused_tied_loss(h, w, y, impl="triton")
+    tiedkl.fused_tied_loss(h, w, y, impl=IMPL)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
@@ -187,7 +190,8 @@ def test_the_second_device() -> None:
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=rtol, atol=rtol * float(a.abs().max()))
 
 
-def test_auto_takes_the_kernels() -> None:
+def test_auto_takes_the_kernels(impl: str) -> None:
     h, w, y = inputs()
+    assert tiedkl.explain(h, w, y, impl=impl).impl == impl
     assert tiedkl.explain(h, w, y).impl == "triton"
     assert tiedkl.explain(h.double(), w.double(), y).impl == "torch"

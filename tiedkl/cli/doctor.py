@@ -49,6 +49,7 @@ def collect() -> dict[str, Any]:
         "triton": _triton,
         "compilers": _compilers,
         "extension": _extension,
+        "cuda_ext": _cuda_extension,
         "backends": _backends,
     }
     return {name: _guarded(section) for name, section in sections.items()}
@@ -129,25 +130,49 @@ def _tool_version(tool: str) -> str | None:
 
 def _extension() -> dict[str, Any]:
     """`tiedkl._C`: where it is, what it was built with, and what is wrong with it."""
+    return _module("tiedkl._C", _how_to_build("g++", "ninja"))
+
+
+def _cuda_extension() -> dict[str, Any]:
+    """`tiedkl._C_cuda`: the same, and whether it has code for the devices that are here."""
     import torch
 
-    spec = importlib.util.find_spec("tiedkl._C")
-    if spec is None:
-        return {"path": None, "problem": f"not built; {_how_to_build()}"}
-    found: dict[str, Any] = {"path": spec.origin, "problem": None}
-    try:
-        found |= importlib.import_module("tiedkl._C").build_info()
-    except ImportError as error:
-        return found | {"problem": f"cannot be loaded ({error}); {_how_to_build()}"}
-    built = found.get("torch")
-    if built and built.split("+")[0] != torch.__version__.split("+")[0]:
-        found["problem"] = f"built for torch {built}, this is torch {torch.__version__}; {_how_to_build()}"
+    from tiedkl.backends.cuda import runs_on
+
+    how = _how_to_build("g++", "ninja", "nvcc")
+    if torch.version.cuda is None:
+        how = f"torch {torch.__version__} is a build without CUDA; with another one, {how}"
+    found = _module("tiedkl._C_cuda", how)
+    if found["path"] is None or found["problem"] or not torch.cuda.is_available():
+        return found
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if not runs_on((major, minor), found["architectures"]):
+            found["problem"] = f"built for {found['architectures']}, device {i} has capability {major}.{minor}; {how}"
     return found
 
 
-def _how_to_build() -> str:
-    """The command that builds the extension, with what has to be installed first."""
-    missing = [tool for tool in ("g++", "ninja") if _tool_version(tool) is None]
+def _module(name: str, how_to_build: str) -> dict[str, Any]:
+    """Where an extension is, what it was built with, and what is wrong with it."""
+    import torch
+
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return {"path": None, "problem": f"not built; {how_to_build}"}
+    found: dict[str, Any] = {"path": spec.origin, "problem": None}
+    try:
+        found |= importlib.import_module(name).build_info()
+    except ImportError as error:
+        return found | {"problem": f"cannot be loaded ({error}); {how_to_build}"}
+    built = found.get("torch")
+    if built and built.split("+")[0] != torch.__version__.split("+")[0]:
+        found["problem"] = f"built for torch {built}, this is torch {torch.__version__}; {how_to_build}"
+    return found
+
+
+def _how_to_build(*tools: str) -> str:
+    """The command that builds an extension, with what has to be installed first."""
+    missing = [tool for tool in tools if _tool_version(tool) is None]
     first = f"install {' and '.join(missing)}, then " if missing else ""
     checkout = Path(__file__).resolve().parents[2]
     editable = (checkout / "setup.py").exists() and (checkout / "csrc").is_dir()
@@ -220,6 +245,13 @@ def _render_extension(e: dict[str, Any]) -> list[str]:
     return [f"tiedkl._C at {e['path']}", f"problem: {e['problem']}" if e["problem"] else built]
 
 
+def _render_cuda_extension(e: dict[str, Any]) -> list[str]:
+    if e["path"] is None:
+        return [f"tiedkl._C_cuda is {e['problem']}"]
+    built = f"torch {e.get('torch')}, compiler {e.get('compiler')}, nvcc {e.get('nvcc')}, for {e.get('architectures')}"
+    return [f"tiedkl._C_cuda at {e['path']}", f"problem: {e['problem']}" if e["problem"] else built]
+
+
 RENDER: dict[str, Any] = {
     "tiedkl": lambda s: [f"{s['version']} at {s['location']}"],
     "python": lambda s: [f"{s['version']} at {s['executable']}, {s['platform']}"],
@@ -232,4 +264,5 @@ RENDER: dict[str, Any] = {
     "triton": lambda s: [s["version"] or "not installed"],
     "compilers": lambda s: [f"{tool:<5} {version or 'not found'}" for tool, version in s.items()],
     "extension": _render_extension,
+    "cuda_ext": _render_cuda_extension,
 }

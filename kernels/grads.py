@@ -15,21 +15,22 @@ from tiedkl.problem import Problem
 
 from .exponential import exp, expm1
 from .launch import Targets, launch
-from .stats import FLOOR
-from .tile import at_least, finish_logits, halves, product_tile, stored_tile
+from .stats import FLOOR, add
+from .tile import at_least, finish_logits, halves, product_tile, stored_tile, tile_of
 
-ROW_COLUMNS = 128  # per program of target_gradient_kernel
+ROW_COLUMNS, ROW_TOKENS = 128, 8  # per program of target_gradient_kernel, and per step
 LOWEST_X = tl.constexpr(-80.0)  # expm1 is -1 to rounding below
 
 
-@triton.jit(do_not_specialize=["v0", "v1"])
+@triton.jit(do_not_specialize=["v0"])
 def similarity_kernel(
     t,  # (V, D)
     ids,  # (capacity,) int64 distinct targets
     count,  # () int64
-    out,  # (capacity, B) float32: t[ids] t[v0:v1]^T
+    out,  # (capacity, B) float32: t[ids] t[v0:v0 + width]^T
+    capacity,
     v0,
-    v1,
+    width,  # unlike v0 with its divisibility known, or stores would be scalar ones
     D,
     stride_t,
     stride_out,
@@ -39,16 +40,17 @@ def similarity_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (tiles of distinct targets, column tiles); programs beyond the device-side count leave at once."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    """Grid tiles of distinct targets x column tiles; programs beyond the device-side count leave at once."""
+    tile, tile_v = tile_of(tl.program_id(0), tl.cdiv(capacity, BLOCK_N), tl.cdiv(width, BLOCK_V))
+    first = tile * BLOCK_N
     n_ids = tl.load(count)
     if first >= n_ids:
         return
     u = first + tl.arange(0, BLOCK_N)
     valid = u < n_ids
-    column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     cols = v0 + column
-    col_mask = cols < v1
+    col_mask = column < width
     rows = tl.load(ids + u, mask=valid, other=0)
     s = product_tile(t, rows, valid, stride_t, t, cols, col_mask, stride_t, D, BLOCK_D, EVEN_D, PRECISION)
     tl.store(out + u[:, None] * stride_out + column[None, :], s, mask=valid[:, None] & col_mask[None, :])
@@ -73,13 +75,13 @@ def compare(z, s, q, top, tops, offset, offset_low, inv_total_t, inv_t):
 
 @triton.jit
 def finish_columns(
-    z, column, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s, stride_grad, inv_t,
-    softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr,
+    z, column, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, width, stride_s, stride_grad,
+    inv_t, softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr,
     WRITE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """What gradient_kernel does with columns `column` of a block, given their products z. Returns their share of KL."""
     cols = v0 + column
-    col_mask = cols < v1
+    col_mask = column < width
     place = n[:, None] * stride_grad + column[None, :]
     inside = (n < N)[:, None] & col_mask[None, :]
     step = N.to(tl.int64)
@@ -127,7 +129,7 @@ def finish_columns(
     return share
 
 
-@triton.jit(do_not_specialize=["N", "v0", "v1"])
+@triton.jit(do_not_specialize=["N", "v0"])
 def gradient_kernel(
     h,  # (N, D); or their products with w (N, V) float32, STORED
     w,  # (V, D)
@@ -142,7 +144,7 @@ def gradient_kernel(
     terms,  # (5, N) float32, of which KL is read for `delta`
     N,
     v0,
-    v1,
+    width,  # of the block
     D,
     stride_h,
     stride_w,
@@ -163,9 +165,10 @@ def gradient_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (token tiles, column tiles): neighbours share the rows of w."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_V
+    """Grid token tiles x column tiles, in the order of tile_of."""
+    tile, tile_v = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(width, BLOCK_V))
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tile_v * BLOCK_V
     target = tl.load(y + n, mask=n < N, other=-1)
     valid = target >= 0
     column = first + tl.arange(0, BLOCK_V)
@@ -173,41 +176,45 @@ def gradient_kernel(
     if tl.max(valid.to(tl.int32), 0) == 0:
         if WRITE:
             zeros = tl.zeros((BLOCK_N, BLOCK_V), grad.dtype.element_ty)
-            tl.store(
-                grad + n[:, None] * stride_grad + column[None, :], zeros, mask=(n < N)[:, None] & (cols < v1)[None, :]
-            )
+            inside = (n < N)[:, None] & (column < width)[None, :]
+            tl.store(grad + n[:, None] * stride_grad + column[None, :], zeros, mask=inside)
         return
     if STORED:  # G may overwrite the products: a program reads its tile before it writes there
-        z = stored_tile(h, n, valid, stride_h, cols, cols < v1)
+        z = stored_tile(h, n, valid, stride_h, column)
+        share = finish_columns(
+            z, column, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, width, stride_s, stride_grad,
+            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        )  # fmt: skip
     else:
-        z = product_tile(h, n, valid, stride_h, w, cols, cols < v1, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
-    # A quarter of the columns at a time: all at once, logits, similarities and both distributions exceed the registers.
-    left, right = halves(z)
-    part = first + tl.arange(0, BLOCK_V // 4)
-    z0, z1 = halves(left)
-    share = finish_columns(
-        z0, part, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s, stride_grad, inv_t,
-        softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
-    )  # fmt: skip
-    share += finish_columns(
-        z1, part + BLOCK_V // 4, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s,
-        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
-    )  # fmt: skip
-    z2, z3 = halves(right)
-    share += finish_columns(
-        z2, part + BLOCK_V // 2, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s,
-        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
-    )  # fmt: skip
-    share += finish_columns(
-        z3, part + BLOCK_V // 4 * 3, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, v1, stride_s,
-        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
-    )  # fmt: skip
+        z = product_tile(h, n, valid, stride_h, w, cols, column < width, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
+        # A quarter of the columns at a time: all at once, logits, similarities and both distributions exceed the
+        # registers.
+        left, right = halves(z)
+        z0, z1 = halves(left)
+        part = first + tl.arange(0, BLOCK_V // 4)
+        share = finish_columns(
+            z0, part, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, width, stride_s, stride_grad,
+            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        )  # fmt: skip
+        share += finish_columns(
+            z1, part + BLOCK_V // 4, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, width,
+            stride_s, stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        )  # fmt: skip
+        z2, z3 = halves(right)
+        share += finish_columns(
+            z2, part + BLOCK_V // 2, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, width,
+            stride_s, stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        )  # fmt: skip
+        share += finish_columns(
+            z3, part + BLOCK_V // 4 * 3, n, target, valid, bias, which, s, rows, grad, delta, terms, N, v0, width,
+            stride_s, stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        )  # fmt: skip
     if SUM_KL:
-        kl += tl.program_id(1).to(tl.int64) * N + n
+        kl += tile_v * N + n
         tl.store(kl, tl.load(kl, mask=valid, other=0.0) + share, mask=valid)
 
 
-@triton.jit(do_not_specialize=["capacity", "v0", "columns"])
+@triton.jit(do_not_specialize=["capacity", "v0"])
 def target_gradient_kernel(
     delta,  # (N, B) float32 of gradient_kernel
     order,  # (N,) int64 tokens sorted by target, skipped ones last
@@ -219,21 +226,28 @@ def target_gradient_kernel(
     out,  # (capacity, B) input dtype: T_u = (alpha/tau) q_u sum_n g_n (delta_n - KL_n)
     capacity,
     v0,
-    columns,
+    width,
     stride,
     inv_t,
     BLOCK_V: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Grid (capacity, column tiles): the tokens of one target are added up in their order."""
     u = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = column < columns
+    mask = column < width
     place = u * stride + column
     if u >= tl.load(count):
         return
     total = tl.zeros((BLOCK_V,), tl.float32)
-    for i in range(tl.load(start + u), tl.load(start + u + 1)):
-        total += tl.load(delta + tl.load(order + i) * stride + column, mask=mask, other=0.0)
+    lost, k = total, tl.arange(0, TOKENS)
+    end = tl.load(start + u + 1)
+    for i in range(tl.load(start + u), end, TOKENS):  # a frequent word has hundreds
+        inside = i + k < end
+        token = tl.load(order + i + k, mask=inside, other=0)
+        rows = delta + token[:, None] * stride + column[None, :]
+        total, lost = add(total, lost, tl.sum(tl.load(rows, mask=inside[:, None] & mask[None, :], other=0.0), 0))
+    total += lost
     ms = tl.load(targets + u).to(tl.float32)
     inv_sum = (1.0 / tl.load(targets + capacity + u)).to(tl.float32)
     s_row = tl.load(s + place, mask=mask, other=0.0)
@@ -247,14 +261,15 @@ def target_gradient_kernel(
 def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> None:
     """t[ids] t[columns]^T of the distinct targets into `out` (capacity, B) float32."""
     tile, constants = launch(t, gradient_pass=True)
-    grid = (triton.cdiv(targets.capacity, tile.rows), triton.cdiv(columns.stop - columns.start, tile.cols))
-    similarity_kernel[grid](
+    width = columns.stop - columns.start
+    similarity_kernel[(triton.cdiv(targets.capacity, tile.rows) * triton.cdiv(width, tile.cols),)](
         t,
         targets.ids,
         targets.count,
         out,
+        targets.capacity,
         columns.start,
-        columns.stop,
+        width,
         t.shape[1],
         t.stride(0),
         out.stride(0),
@@ -277,12 +292,12 @@ def gradient_block(
     """
     tile, constants = launch(p.h, gradient_pass=True, stored=z is not None)
     x = p.h if z is None else z
-    grid = (triton.cdiv(len(p.h), tile.rows), triton.cdiv(columns.stop - columns.start, tile.cols))
+    width = columns.stop - columns.start
     some = rows  # in the place of what is not there
     block = next(x for x in (grad, delta, s, some) if x is not None)
-    gradient_kernel[grid](
+    gradient_kernel[(triton.cdiv(len(p.h), tile.rows) * triton.cdiv(width, tile.cols),)](
         x, p.w, p.w if p.b is None else p.b, p.y, which, some if s is None else s, rows, some if kl is None else kl,
-        some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, columns.stop,
+        some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, width,
         p.h.shape[1], x.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t,
         p.options.softcap, HAS_BIAS=p.b is not None, SOFTCAP=p.options.softcap != 0, KL=s is not None,
         SUM_KL=kl is not None,
@@ -314,4 +329,5 @@ def target_gradient(
         out.stride(0),
         inv_t,
         BLOCK_V=ROW_COLUMNS,
+        TOKENS=ROW_TOKENS,
     )

@@ -51,7 +51,7 @@ def launch(x: Tensor, gradient_pass: bool, stored: bool = False) -> Launch:
             "BLOCK_V": tile.cols,
             "BLOCK_D": tile.depth,
             "EVEN_D": x.shape[1] % tile.depth == 0,
-            "PRECISION": "tf32" if x.dtype == torch.float32 and tf32 else "ieee",
+            "PRECISION": "tf32" if x.dtype == torch.float32 and tf32 and not torch.version.hip else "ieee",
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         },
@@ -59,10 +59,17 @@ def launch(x: Tensor, gradient_pass: bool, stored: bool = False) -> Launch:
 
 
 def splits(row_tiles: int, vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """(number of splits of the vocabulary, rows per split): some four programs per multiprocessor, in whole tiles."""
-    wanted = max(1, triton.cdiv(4 * processors(device), row_tiles))
-    share = triton.cdiv(triton.cdiv(vocab, min(wanted, triton.cdiv(vocab, tile.cols))), tile.cols) * tile.cols
-    return triton.cdiv(vocab, share), share
+    """(splits of the vocabulary, tiles per split): some four programs a multiprocessor, few idle at the end."""
+    tiles, wanted = triton.cdiv(vocab, tile.cols), triton.cdiv(4 * processors(device), row_tiles)
+
+    def busy(n: int) -> float:
+        """Share of the multiprocessors' time that n splits use, one program on each at a time."""
+        programs = row_tiles * n
+        return programs / (triton.cdiv(programs, processors(device)) * processors(device))
+
+    best = max(range(max(1, wanted // 2), max(2, wanted * 3 // 2)), key=busy)
+    share = triton.cdiv(tiles, min(best, tiles))
+    return triton.cdiv(tiles, share), share
 
 
 class Targets(NamedTuple):

@@ -26,7 +26,7 @@ from tiedkl.problem import Problem
 from .config import SMALL_ROWS
 from .exponential import exp
 from .launch import Targets, launch, splits
-from .tile import at_least, finish_logits, halves, product_tile, stored_tile
+from .tile import at_least, finish_logits, halves, product_tile, stored_tile, tile_of
 
 LOWEST = tl.constexpr(-3.0e38)
 FLOOR = tl.constexpr(-87.0)  # smallest exponent of `exp`; below it a probability counts as e^-87
@@ -38,11 +38,19 @@ ROW_VALUES = 13  # what pass 2 needs of a token; written by finish_tokens_kernel
 
 
 @triton.jit
+def add(total, lost, x):
+    """total + lost + x, and what the rounding of the sum lost (Kahan): hundreds of tiles are added up in a row."""
+    term = x + lost
+    new = total + term
+    return new, term - (new - total)
+
+
+@triton.jit
 def add_columns(
-    z, cols, end, target, bias, softcap, inv_t, m, total, total_t, weighted, plain, zy, HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, KL: tl.constexpr,
+    z, cols, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
-    """The running sums with columns `cols` taken in, given their products z."""
+    """The running sums with columns `cols` taken in, given their products z; `lost` is what roundings lost."""
     col_mask = cols < end
     z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
     zy += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
@@ -54,11 +62,12 @@ def add_columns(
     d = at_least(z - top[:, None], FLOOR)
     scale, e = exp(shift), tl.where(others, exp(d), 0.0)
     weighted = scale * (weighted + shift * total) + tl.sum(e * tl.where(others, d, 0.0), 1)
-    total = scale * total + tl.sum(e, 1)
+    total, lost = add(scale * total, scale * lost, tl.sum(e, 1))
     if KL:
         e_t = tl.where(others, exp(at_least((z - top[:, None]) * inv_t, FLOOR)), 0.0)
-        total_t = exp(at_least((m - top) * inv_t, FLOOR)) * total_t + tl.sum(e_t, 1)
-    return top, total, total_t, weighted, plain, zy
+        scale_t = exp(at_least((m - top) * inv_t, FLOOR))
+        total_t, lost_t = add(scale_t * total_t, scale_t * lost_t, tl.sum(e_t, 1))
+    return top, total, lost, total_t, lost_t, weighted, plain, zy
 
 
 @triton.jit(do_not_specialize=["N", "share"])
@@ -75,7 +84,7 @@ def token_stats_kernel(
     stride_w,
     inv_t,
     softcap,
-    share,  # vocabulary rows per split
+    share,  # tiles of vocabulary rows per split
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -87,40 +96,45 @@ def token_stats_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (token tiles, splits): neighbours share the rows of w."""
-    split = tl.program_id(1)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Grid token tiles x splits, in the order of tile_of."""
+    n_splits = tl.cdiv(tl.cdiv(V, BLOCK_V), share)
+    tile, split = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), n_splits)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(y + n, mask=n < N, other=-1)
     valid = target >= 0
     if tl.max(valid.to(tl.int32), 0) == 0:
         return
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     total, total_t, weighted, plain, zy = m * 0.0, m * 0.0, m * 0.0, m * 0.0, m * 0.0
-    begin = split.to(tl.int64) * share
-    end = tl.minimum(begin + share, V)
+    lost, lost_t = m * 0.0, m * 0.0
+    begin = split * share * BLOCK_V
+    end = tl.minimum(begin + share.to(tl.int64) * BLOCK_V, V)
     for v in range(begin, end, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
-        col_mask = cols < end
         if STORED:
-            z = stored_tile(h, n, valid, stride_h, cols, col_mask)
+            z = stored_tile(h, n, valid, stride_h, cols)
+            m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
+                z, cols, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
+                HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+            )  # fmt: skip
         else:
-            z = product_tile(h, n, valid, stride_h, w, cols, col_mask, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
-        # Half of the columns at a time, or the intermediate values would exceed the registers.
-        left, right = halves(z)
-        part = v + tl.arange(0, BLOCK_V // 2)
-        m, total, total_t, weighted, plain, zy = add_columns(
-            left, part, end, target, bias, softcap, inv_t, m, total, total_t, weighted, plain, zy, HAS_BIAS, SOFTCAP,
-            SMOOTHING, KL,
-        )  # fmt: skip
-        m, total, total_t, weighted, plain, zy = add_columns(
-            right, part + BLOCK_V // 2, end, target, bias, softcap, inv_t, m, total, total_t, weighted, plain, zy,
-            HAS_BIAS, SOFTCAP, SMOOTHING, KL,
-        )  # fmt: skip
-    out += split.to(tl.int64) * N + n
-    step = tl.num_programs(1).to(tl.int64) * N
+            z = product_tile(h, n, valid, stride_h, w, cols, cols < end, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
+            # Half of the columns at a time, or the intermediate values would exceed the registers.
+            left, right = halves(z)
+            part = v + tl.arange(0, BLOCK_V // 2)
+            m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
+                left, part, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
+                HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+            )  # fmt: skip
+            m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
+                right, part + BLOCK_V // 2, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t,
+                weighted, plain, zy, HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+            )  # fmt: skip
+    out += split * N + n
+    step = n_splits.to(tl.int64) * N
     tl.store(out, m, mask=valid)
-    tl.store(out + step, total, mask=valid)
-    tl.store(out + 2 * step, total_t, mask=valid)
+    tl.store(out + step, total + lost, mask=valid)
+    tl.store(out + 2 * step, total_t + lost_t, mask=valid)
     tl.store(out + 3 * step, weighted, mask=valid)
     if SMOOTHING:
         tl.store(out + 4 * step, plain, mask=valid)
@@ -148,9 +162,10 @@ def target_stats_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (tiles of distinct targets, splits); programs beyond the device-side count leave at once."""
-    split = tl.program_id(1)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    """Grid tiles of distinct targets x splits; programs beyond the device-side count leave at once."""
+    n_splits = tl.cdiv(tl.cdiv(V, BLOCK_V), share)
+    tile, split = tile_of(tl.program_id(0), tl.cdiv(capacity, BLOCK_N), n_splits)
+    first = tile * BLOCK_N
     n_ids = tl.load(count)
     if first >= n_ids:
         return
@@ -158,24 +173,25 @@ def target_stats_kernel(
     valid = u < n_ids
     rows = tl.load(ids + u, mask=valid, other=0)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    total = m * 0.0
-    begin = split.to(tl.int64) * share
-    end = tl.minimum(begin + share, V)
+    total, lost = m * 0.0, m * 0.0
+    begin = split * share * BLOCK_V
+    end = tl.minimum(begin + share.to(tl.int64) * BLOCK_V, V)
     for v in range(begin, end, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
         col_mask = cols < end
         if STORED:
-            x = stored_tile(s, u, valid, stride_s, cols, col_mask)
+            x = stored_tile(s, u, valid, stride_s, cols)
         else:
             x = product_tile(t, rows, valid, stride_t, t, cols, col_mask, stride_t, D, BLOCK_D, EVEN_D, PRECISION)
         top = tl.maximum(m, tl.max(tl.where(col_mask[None, :], x, LOWEST), 1))
         others = col_mask[None, :] & (cols[None, :] != rows[:, None])
         e = tl.where(others, exp(at_least((x - top[:, None]) * inv_t, FLOOR)), 0.0)
-        total = exp(at_least((m - top) * inv_t, FLOOR)) * total + tl.sum(e, 1)
+        scale = exp(at_least((m - top) * inv_t, FLOOR))
+        total, lost = add(scale * total, scale * lost, tl.sum(e, 1))
         m = top
-    out += split.to(tl.int64) * capacity + u
+    out += split * capacity + u
     tl.store(out, m, mask=valid)
-    tl.store(out + tl.num_programs(1).to(tl.int64) * capacity, total, mask=valid)
+    tl.store(out + n_splits.to(tl.int64) * capacity, total + lost, mask=valid)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -391,11 +407,12 @@ def target_stats(t: Tensor, targets: Targets, inv_t: float, s: Tensor | None = N
     """Statistics of the rows t[ids] t^T, t (V, D), which `s` (capacity, V) float32 may hold."""
     tile, constants = launch(t, gradient_pass=False, stored=s is not None)
     row_tiles = triton.cdiv(targets.capacity, tile.rows)
-    n_splits, share = splits(row_tiles, len(t), tile, t.device)
+    # On natural text a quarter of the tokens' targets are distinct; the other programs leave at once.
+    n_splits, share = splits(triton.cdiv(row_tiles, 4), len(t), tile, t.device)
     sums = t.new_empty(TARGET_SUMS, n_splits, targets.capacity, dtype=torch.float32)
     out = t.new_empty(TARGET_VALUES, targets.capacity, dtype=torch.float64)
     selves = _dots(t, targets.ids, t, targets.ids, None, 0.0)
-    target_stats_kernel[(row_tiles, n_splits)](
+    target_stats_kernel[(row_tiles * n_splits,)](
         t, sums if s is None else s, targets.ids, targets.count, sums, targets.capacity, *t.shape, t.stride(0),
         0 if s is None else s.stride(0), inv_t, share, STORED=s is not None, **constants,
     )  # fmt: skip
@@ -426,7 +443,7 @@ def token_stats(
     rows = p.h.new_empty(ROW_VALUES, n, dtype=torch.float32)
     kl = target_stats is not None
     x = p.h if z is None else z
-    token_stats_kernel[(row_tiles, n_splits)](
+    token_stats_kernel[(row_tiles * n_splits,)](
         x, p.w, p.w if p.b is None else p.b, p.y, sums, n, v, d, x.stride(0), p.w.stride(0), inv_t, o.softcap, share,
         HAS_BIAS=p.b is not None, SOFTCAP=o.softcap != 0, SMOOTHING=o.label_smoothing != 0, KL=kl,
         STORED=z is not None, **constants,

@@ -8,6 +8,7 @@ import triton.language as tl
 from .exponential import expm1
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+GROUP = tl.constexpr(12)  # squared, about the multiprocessors of a large GPU
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16
 
 
@@ -46,9 +47,25 @@ def product_tile(
 
 
 @triton.jit
-def stored_tile(z, rows, row_mask, stride_z, cols, col_mask):
-    """The same tile, of products z that a block of whole rows holds."""
-    return tl.load(z + rows[:, None] * stride_z + cols[None, :], mask=row_mask[:, None] & col_mask[None, :], other=0.0)
+def stored_tile(z, rows, row_mask, stride_z, cols):
+    """The same tile, of products z that a block of whole rows holds; of no meaning in columns beyond the vocabulary.
+
+    Rows are padded to whole vectors: to mask at the vocabulary's own end would make every load a scalar one.
+    """
+    inside = row_mask[:, None] & (cols < stride_z)[None, :]
+    return tl.load(z + rows[:, None] * stride_z + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def tile_of(pid, row_tiles, col_tiles):
+    """(row tile, column tile) of a program: GROUP row tiles to all columns, then the next ones.
+
+    Some GROUP x GROUP tiles are in work at a time, so that few rows of either matrix pass through the L2 cache at once.
+    """
+    first = pid // (GROUP * col_tiles) * GROUP
+    rows = tl.minimum(row_tiles - first, GROUP)
+    place = pid % (GROUP * col_tiles)
+    return (first + place % rows).to(tl.int64), (place // rows).to(tl.int64)
 
 
 @triton.jit

@@ -137,11 +137,12 @@ def test_blocks_of_the_fused_kernels_fit_and_are_whole_tiles(shape: Shape, budge
 
 
 def test_fused_kernels_copy_no_rows() -> None:
-    """Nor does their scratch depend on the width, so that all tokens fit one block with a useful number of columns."""
+    """Nor does their scratch depend on the width. Blocks are about as wide as they are high."""
     plans = [make_plan("triton", Shape(8192, 256_000, d, d, half=True), triton.HALF, 32 * MIB) for d in (768, 4096)]
     assert plans[0] == plans[1]
-    assert plans[0].token_block == 8192
-    assert plans[0].vocab_block >= 512
+    assert plans[0].token_block >= 2048
+    assert plans[0].token_block % 16 == 0
+    assert plans[0].vocab_block >= 1920
     through_targets = Shape(8192, 256_000, 4096, 4096, half=True, target_grad=True)
     assert scratch_bytes(through_targets, triton.HALF, 1, 1, 1) >= 4096 * 4
 

@@ -55,6 +55,7 @@ class Tuning:
     row_copies: bool = True  # rows of h and of the similarity source are gathered in the accumulation dtype
     target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
     all_targets: bool = False  # products of the distinct targets are taken as if every token had one of its own
+    token_multiple: int = 1  # C likewise, where there are several blocks of tokens
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
 
@@ -140,8 +141,11 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         return scratch_bytes(shape, tuning, tokens, _targets(tuning, tokens), vocab) <= budget
 
     def even(tokens: int) -> int:
-        """As many blocks as before, of equal size."""
-        return -(-n // -(-n // tokens))
+        """As many blocks as before, of equal size, or one more where multiples ask for it."""
+        size, m = -(-n // -(-n // tokens)), tuning.token_multiple
+        if size >= n or tokens < m:
+            return size
+        return min(-(-size // m), tokens // m) * m
 
     cap = min(n, tuning.token_block, max(tuning.min_token_block, tuning.block_bytes // (shape.acc_bytes * v)))
     tokens = _largest(cap, lambda c: fits(c, v)) if tuning.token_block else 0

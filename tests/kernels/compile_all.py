@@ -25,8 +25,9 @@ INTEGERS = {"y", "ids", "row_ids", "count", "which", "order", "start"}
 DOUBLES = {"targets", "zys", "selves"}
 OUT_DOUBLES = {"finish_targets_kernel", "target_dots_kernel"}
 FLOATS = {"inv_t", "softcap", "alpha", "smoothing", "z_loss"}
-SIZES = {"N", "V", "D", "capacity", "v0", "v1", "M", "K", "share", "n_splits", "columns"}
+SIZES = {"N", "V", "D", "capacity", "v0", "M", "K", "share", "n_splits", "width"}
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
+NARROW_STORE = re.compile(r"st\.global\.b(?:16|32) ")  # one element, not a vector of them
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -41,7 +42,7 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
             signature[argument] = "fp32"
         elif argument in SIZES or argument.startswith("stride"):
             signature[argument] = "i32"
-            aligned = argument == "D" or argument.startswith("stride")
+            aligned = argument in ("D", "V", "width") or argument.startswith("stride")
         else:
             inputs = argument in INPUTS or (argument == "out" and name in OUT_INPUTS)
             inputs &= argument != "h" or not constants["STORED"]
@@ -79,7 +80,7 @@ def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
     for dtype in ("bf16", "fp16", "fp32"):
         for some in GRADIENT_OPTIONS[: 1 if dtype == "fp16" else 4]:
             yield grads.gradient_kernel, dtype, tile, {**size, **some, "STORED": True}
-        yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS}
+        yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS, "TOKENS": grads.ROW_TOKENS}
         for some in options("HAS_ROWS HAS_BIAS SOFTCAP", "HAS_ROWS", "HAS_BIAS SOFTCAP"):
             size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}
             yield stats.target_dots_kernel, dtype, None, {**size_d, **some}
@@ -91,6 +92,17 @@ def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
 def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
     """Kernel, dtype, tile and constants. Of the options, those that matter together."""
     yield from others()
+    if architecture == "sm_80":  # what unknown GPUs get
+        tile = config.SAFE.gradient
+        product = {
+            "BLOCK_N": tile.rows,
+            "BLOCK_V": tile.cols,
+            "BLOCK_D": tile.depth,
+            "EVEN_D": False,
+            "PRECISION": "ieee",
+        }
+        yield stats.token_stats_kernel, "bf16", tile, {**product, **TOKEN_OPTIONS[0], "STORED": False}
+        yield grads.gradient_kernel, "bf16", tile, {**product, **GRADIENT_OPTIONS[0], "STORED": False}
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             for first, tile in enumerate(config.tiles(architecture, size)):
@@ -137,6 +149,7 @@ def main() -> None:
             json.dumps({
                 "kernel": kernel.__name__, "dtype": dtype, "tile": tile, "constants": constants,
                 "registers": registers, "spills": spills, "shared": compiled.metadata.shared,
+                "narrow_stores": len(NARROW_STORE.findall(compiled.asm["ptx"])),
                 "instructions": [x for x in INSTRUCTIONS if x in compiled.asm["ptx"]],
             }),
             flush=True,

@@ -17,7 +17,12 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_all.py")
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes a block can have
+SHARED_LIMIT = {
+    "sm_80": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+}  # bytes a block can have; sm_86 takes the rows of sm_80
+BLOCKS_OUT = ("gradient_kernel", "similarity_kernel", "target_gradient_kernel")
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 
 
@@ -43,8 +48,9 @@ def test_every_configuration(architecture: str, compiled: dict[str, Future[subpr
     assert len({k["kernel"] for k in kernels}) == 9
     for k in kernels:
         assert k["spills"] == 0, k
-        assert k["registers"] <= 255, k
         assert k["shared"] <= SHARED_LIMIT[architecture], k
+        if k["kernel"] in BLOCKS_OUT:
+            assert k["narrow_stores"] <= 1, k  # the share of KL is a column
         exact = k["dtype"] == "fp32" and k["constants"].get("PRECISION") == "ieee"  # on the multiprocessor's own units
         multiplies = k["tile"] is not None and not k["constants"].get("STORED") and not exact
         assert (TENSOR_CORES[architecture] in k["instructions"]) == multiplies, k

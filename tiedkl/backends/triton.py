@@ -41,17 +41,19 @@ FULL = Tuning(
     row_buffers=0,
     token_block=4096,
     min_token_block=1024,  # a block of fewer rows reads all of w for little work
-    min_vocab_block=512,
+    min_vocab_block=2048,  # d_h is read and written once a block: about as many columns as tokens cost least
     panel=1 << 62,
     targets_per_token=1.0,
     widened=0,
     delta_buffers=2,
     row_copies=False,
     vocab_multiple=128,  # whole tiles, and rows of G that start at 16 bytes
+    token_multiple=16,  # vectors of a block start at 16 bytes too: kernels are compiled once for all blocks
 )
 ALIGNED = (
     16  # elements: Triton compiles wide stores, and cuBLAS takes its fast kernels, for rows that start at 16 bytes
 )
+LARGE_HALF, LARGE_LSE = 2.0**13, 1000.0  # an entry of G in float16, an eighth of what it can be; and such an lse
 HALF = replace(FULL, z_buffers=0.5 + SUMS, kept_buffers=1, delta_buffers=1.5)
 
 
@@ -121,9 +123,12 @@ class _Walk:
         self.grad = g is not None
         self.g = torch.zeros_like(p.y, dtype=torch.float32) if g is None else g
         self.scale: Tensor | None = None
-        if g is not None and p.h.dtype == torch.float16 and len(g):  # G in float16 must not underflow
-            largest = g.abs().amax()
-            self.scale = torch.where(largest > 0, largest, 1.0)
+        if g is not None and p.h.dtype == torch.float16 and len(g):
+            # G in float16 must not underflow: most of its entries are as small as 1/V of the largest.
+            o = p.options
+            most = 1 + o.alpha * self.inv_t + 2 * o.z_loss * LARGE_LSE  # of |G| where g is 1
+            self.scale = g.abs().amax() * (most / LARGE_HALF)
+            self.scale = torch.where(self.scale > 0, self.scale, 1.0)
             self.g = g / self.scale
         self.terms = p.h.new_zeros(5, len(p.y), dtype=torch.float32)
         fill = torch.empty if len(p.y) else torch.zeros
@@ -232,5 +237,5 @@ class _ThroughTargets:
         products.add_counted_product(self.d_u, t_block, self.t[columns], count, inner=False)
 
     def finish(self) -> None:
-        """Add the rows of the targets themselves."""
+        """Add the rows of the targets themselves; no two of them are one, but for zero rows beyond their count."""
         self.d_t.index_add_(0, self.targets.ids, self.d_u)

@@ -126,11 +126,8 @@ def _orda(w: Workload, tied: bool) -> Any:
 
     def make(m: Any) -> Loss:
         def loss(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-            rows = _teacher(weight, y)
-            if tied:
-                teacher = m.TiedTeacher(hidden=rows)
-            else:
-                teacher = m.SeparateTeacher(hidden=rows, weight=weight.detach())
+            rows, fixed = _teacher(weight, y), weight.detach()
+            teacher = m.TiedTeacher(hidden=rows) if tied else m.SeparateTeacher(hidden=rows, weight=fixed)
             found: Tensor = m.distillation_loss(
                 h,
                 weight,

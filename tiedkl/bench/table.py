@@ -75,7 +75,8 @@ def render(result: dict[str, Any]) -> str:
     width = max(len(name) for name in rows) + 2
     lines = [*heading(result), ""]
     for k in (0, 1):
-        lines.append(" " * (width + 2) + "".join(f"{head[k]:>{w}}" for head, w in zip(HEADS, WIDTHS, strict=True)))
+        titles = "".join(f"{head[k]:>{w}}" for head, w in zip(HEADS, WIDTHS, strict=True))
+        lines += [" " * (width + 2) + titles]
     for kl, title in ((True, "CE + KL, the loss of tiedkl"), (False, "CE alone, a part of it")):
         chosen = {n: row for n, row in rows.items() if row["kl"] == kl and row["status"] in MEASURED}
         if not chosen:
@@ -92,7 +93,7 @@ def render(result: dict[str, Any]) -> str:
         inaccurate = any(row["status"] == "inaccurate" for row in rows.values())
         lines.append("* the fastest peer of its kind" + ("   ! inaccurate, see the notes" if inaccurate else ""))
     lines += _listed("What ran", {n: row["note"] for n, row in measured.items()})
-    lines += _listed("Not measured", {n: _why(row) for n, row in others.items()})
+    lines += _listed("Not measured", {n: reason(row) for n, row in others.items()})
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -104,7 +105,7 @@ def _listed(title: str, notes: dict[str, str]) -> list[str]:
     return [title, *(_wrapped("; ".join(names) + ": " + note) for note, names in groups.items())] if groups else []
 
 
-def _why(row: dict[str, Any]) -> str:
+def reason(row: dict[str, Any]) -> str:
     known = ("absent", "not measured", "waiting")
     return row["note"] if row["status"] in known else f"{row['status']}: {row['note']}"
 

@@ -90,7 +90,7 @@ def _largest(results: list[dict[str, Any]], swept: set[int]) -> list[dict[str, A
     """One result for an error picture: each that stands alone, and of the swept ones the largest."""
     alone = [r for r in results if id(r) not in swept]
     rest = [r for r in results if id(r) in swept]
-    return alone + [max(rest, key=lambda r: r["N"] * r["V"] * r["D"])] * bool(rest)
+    return [*alone, max(rest, key=lambda r: r["N"] * r["V"] * r["D"])] if rest else alone
 
 
 def _title(result: dict[str, Any], without: str = "") -> str:
@@ -185,6 +185,7 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
     """Time and memory of every row, the shortest on top."""
     rows = {name: row for name, row in result["rows"].items() if "seconds" in row}
     title, floor = _title(result), _floor(result)
+    units = FLOOR_UNITS[result["mode"]]
 
     def bars(axes: Any, values: dict[str, float], form: str, label: str) -> None:
         from matplotlib.ticker import NullFormatter
@@ -221,8 +222,7 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
         Picture(
             f"{number:02}-time",
             "Time",
-            f"{title}. Shorter is faster. Green: tiedkl. Dotted: the {FLOOR_UNITS[result['mode']]} matrix products that "
-            "cannot be avoided.",
+            f"{title}. Shorter is faster. Green: tiedkl. Dotted: the {units} matrix products that cannot be avoided.",
             figure(f"time-{number}", "Time", time, size),
         )
     ]

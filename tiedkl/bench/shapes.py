@@ -35,7 +35,7 @@ HEADS = {
     "mistral-7b": Head("Mistral-7B", 32_000, 4096),
 }
 TOKENS = {"cpu": 512, "cuda": 8192}
-DEFAULT = {"cpu": ("ptb-lstm-small", "gpt2:256"), "cuda": ("gpt2", "llama-3.2-1b", "gemma-2-2b")}
+DEFAULT = {"cpu": ("ptb-lstm-small",), "cuda": ("gpt2", "llama-3.2-1b", "gemma-2-2b")}
 MODES = ("fwd", "bwd", "fwd+bwd")
 LOSSES = ("ce", "cekl")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -90,7 +90,7 @@ def parse_shape(text: str, device: str) -> Workload:
     if head is None or (tokens and (not tokens.isdigit() or int(tokens) < 1)):
         raise BenchError(f"--shapes {text}: expected N,V,D or NAME or NAME:N, NAME one of {', '.join(HEADS)}")
     n = int(tokens) if tokens else head.tokens or TOKENS[device.partition(":")[0]]
-    return Workload(n, head.vocab, head.width, device=device, title=f"output layer of {head.title}")
+    return Workload(n, head.vocab, head.width, device=device, title=f"Output layer of {head.title}")
 
 
 SWEEPS = {

@@ -5,7 +5,7 @@
     python benchmarks/bench_cpu.py --shapes 64,1000,64 --dtype bfloat16 --rounds 9
     python benchmarks/bench_cpu.py --smoke      toy size, for continuous integration; keeps nothing
 
-`python benchmarks/readme_tables.py` puts the figures into the README. For other shapes, sweeps and pages: `tiedkl bench`.
+`python benchmarks/readme_tables.py` puts the figures into the README. Other shapes, sweeps, pages: `tiedkl bench`.
 """
 
 from __future__ import annotations

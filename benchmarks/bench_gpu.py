@@ -4,8 +4,8 @@
     python benchmarks/bench_gpu.py --shapes 8192,32000,768 --dtype float16 --rounds 15
     python benchmarks/bench_gpu.py --smoke            toy size, on a CPU where there is no GPU
 
-Steps are timed with CUDA events in interleaved rounds, the L2 cache emptied before each. What does not fit is a row that
-says so. The JSON is written as the rows come: a run may be interrupted, and --budget-seconds stops it in time.
+Steps are timed with CUDA events in interleaved rounds, the L2 cache emptied before each. What does not fit is a row
+that says so. The JSON is written as the rows come: a run may be interrupted, and --budget-seconds stops it in time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The README's benchmark figures and picture, from the committed result.
 
-    python benchmarks/readme_tables.py           rewrites README.md between its marks, and the pictures beside the result
+    python benchmarks/readme_tables.py           rewrites README.md between its marks, and the picture beside the result
     python benchmarks/readme_tables.py --check   writes nothing; exit 1 when they are not what the result gives
     python benchmarks/readme_tables.py --smoke   the same as --check
 
@@ -60,7 +60,9 @@ def text(report: dict[str, Any]) -> str:
     s = report["stamp"]
     rows = [result["rows"] for result in report["results"]]
     fallback = [r[FALLBACK]["seconds"] / r["eager CE+KL"]["seconds"] for r in rows if "seconds" in r.get(FALLBACK, {})]
-    peers = sorted({name for r in rows for name, row in r.items() if "seconds" in row and not name.startswith("tiedkl")})
+    peers = sorted(
+        {name for r in rows for name, row in r.items() if "seconds" in row and not name.startswith("tiedkl")}
+    )
     caption = (
         f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit'][:7]}, `{s['command'].strip()}`. "
         f"Measured beside it: {', '.join(peers)}."

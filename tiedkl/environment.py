@@ -1,7 +1,8 @@
-"""Where something ran: versions, processor, commit."""
+"""Where something ran: versions, processor, commit; and figures as strict JSON has them."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -30,6 +31,15 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _driver() if cuda else None,
     }
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for what strict JSON has no number for."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def version(package: str) -> str | None:

@@ -30,8 +30,8 @@ CHECK_WORK = {"cpu": 1e11, "cuda": 1e13}  # N V D up to which every token is che
 LEAST_CHECKED = 64
 FLUSH_BYTES = 1 << 28  # more than a GPU's L2 cache
 TINY_SECONDS, MOST_REPEATS = 0.02, 20  # on a CPU, steps are repeated until a measurement is that long
-COMPILE_SECONDS = 25.0  # a guess at the first call of what torch.compile compiles, before there has been one
-ROUNDS_KEPT_FREE = 2  # rounds of what is already measured that the time for a new candidate must leave
+COMPILE_SECONDS = 20.0  # a guess at the first call of what torch.compile compiles, before there has been one
+ROUNDS_KEPT_FREE = 1  # rounds of what is already measured that the time for a new candidate must leave
 
 Save = Callable[[], None]
 

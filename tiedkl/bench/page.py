@@ -23,7 +23,7 @@ def render(report: dict[str, Any]) -> str:
         results=[_result(result) for result in report["results"]],
         pictures=pictures(report),
         legend=LEGEND.replace("\n", " "),
-        record=page.facts(report["stamp"]),
+        record=page.facts({key: value for key, value in report["stamp"].items() if value is not None}),
     )
 
 

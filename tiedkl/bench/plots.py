@@ -188,8 +188,6 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
     units = FLOOR_UNITS[result["mode"]]
 
     def bars(axes: Any, values: dict[str, float], form: str, label: str) -> None:
-        from matplotlib.ticker import NullFormatter
-
         order = sorted(values, key=lambda name: -values[name])
         axes.barh(order, [values[name] for name in order], color=[colours[name] for name in order], height=0.7)
         for i, name in enumerate(order):
@@ -201,8 +199,6 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
                 va="center",
                 fontsize=8,
             )
-        _log(axes, "x")
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", labelsize=8)
         axes.set(xlabel=label)
@@ -211,7 +207,7 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
     def time(axes: Any) -> None:
         bars(axes, {name: row["seconds"] * 1e3 for name, row in rows.items()}, ",.3g", "milliseconds")
         if floor:
-            axes.axvline(floor * 1e3, color=FLOOR, linestyle=":", linewidth=1.4)
+            axes.axvline(floor * 1e3, color="black", linestyle=":", linewidth=1.6, zorder=3)
 
     def memory(axes: Any) -> None:
         known = {n: max(r["peak_bytes"] / MIB, 0.05) for n, r in rows.items() if r.get("peak_bytes") is not None}
@@ -238,19 +234,23 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
     return found
 
 
+def _worst(row: dict[str, Any]) -> float:
+    return float(max(row["errors"].values()))
+
+
 def _errors(result: dict[str, Any], colours: dict[str, str], number: int) -> Picture:
     """The worst error of loss and gradients against time."""
     rows = {n: r for n, r in result["rows"].items() if "seconds" in r and any(r["errors"].values())}
 
     def paint(axes: Any) -> None:
         for i, (name, row) in enumerate(rows.items()):
-            worst = max(row["errors"].values())
             axes.plot(
-                [row["seconds"] * 1e3], [worst], marker=MARKERS[i % len(MARKERS)], color=colours[name], markersize=8,
+                [row["seconds"] * 1e3], [_worst(row)], marker=MARKERS[i % len(MARKERS)], color=colours[name], markersize=8,
                 linestyle="", label=name, markerfacecolor=colours[name] if row["kl"] else "none",
             )  # fmt: skip
         from matplotlib.ticker import LogFormatterSciNotation
 
+        axes.set_ylim(min(map(_worst, rows.values())) / 5, max(map(_worst, rows.values())) * 5)
         _finish(axes, "milliseconds", "relative error against float64")
         axes.yaxis.set_major_formatter(LogFormatterSciNotation())
 

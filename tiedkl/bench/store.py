@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
+from ..environment import finite
 from .errors import BenchError
 
 SCHEMA = 1
@@ -22,15 +22,6 @@ COLUMNS = (
     "own_floor_fraction", "peak_bytes", "scratch_bytes", "first_call_seconds", "cold_start_seconds", "plan", "note",
 )  # fmt: skip
 ERRORS = ("loss", "dh", "dw")
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for what strict JSON has no number for."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(file: Path, text: str) -> None:

@@ -79,7 +79,7 @@ class Measurement:
             "loss": workload.loss,
             "mode": workload.mode,
             "targets": describe(workload),
-            "ignored": 1 - self.share,
+            "ignored": workload.ignored,
             "temperature": workload.temperature,
             "workspace_bytes": workload.workspace_bytes,
             "rho": self.rho,

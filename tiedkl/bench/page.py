@@ -57,9 +57,9 @@ def _result(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def findings(report: dict[str, Any]) -> list[str]:
-    """Sentences for a reader in a hurry: tiedkl's fastest row of every workload beside the fastest peers."""
+    """Sentences for a reader in a hurry: tiedkl's fastest row beside the fastest peers, the largest workload first."""
     sentences = []
-    for result in report["results"]:
+    for result in sorted(report["results"], key=lambda r: -r["N"] * r["V"] * r["D"]):
         rows = {n: r for n, r in result["rows"].items() if "seconds" in r}
         own = [n for n in rows if n.startswith("tiedkl")]
         if not own or not result["best_peer"]:

@@ -18,6 +18,7 @@ PEERS = (
 )  # fmt: skip
 MARKERS = "os^Dv<>ph*XPd"
 FLOOR = "#5b6470"
+CURVES = (5.4, 5.0)  # inches; the legend below takes a third
 AXES = {
     "N": "tokens N",
     "V": "vocabulary V",
@@ -52,7 +53,8 @@ def pictures(report: dict[str, Any]) -> list[Picture]:
     for result in results:
         if id(result) not in swept:
             found += _bars(result, colours, len(found))
-    found += [_errors(result, colours, len(found)) for result in _largest(results, swept)]
+    for result in _largest(results, swept):
+        found.append(_errors(result, colours, len(found)))
     return found
 
 
@@ -117,7 +119,7 @@ def _log(axes: Any, which: str) -> None:
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3)
+    axes.figure.legend(frameon=False, fontsize=9, loc="outside lower left", ncols=2)
 
 
 def _curves(axis: str, points: list[dict[str, Any]], colours: dict[str, str], number: int) -> list[Picture]:
@@ -163,13 +165,13 @@ def _curves(axis: str, points: list[dict[str, Any]], colours: dict[str, str], nu
             f"{number:02}-time-{stem}",
             f"Time against {label}",
             f"{fixed}. Lower is faster. {kinds}. Dotted: the {units} matrix products that cannot be avoided.",
-            figure(f"time-{number}", f"Time against {label}", time, (7.4, 4.2)),
+            figure(f"time-{number}", f"Time against {label}", time, CURVES),
         ),
         Picture(
             f"{number + 1:02}-memory-{stem}",
             f"Memory against {label}",
             f"{fixed}. Lower is less. {kinds}. Dotted: what one matrix of all logits takes.",
-            figure(f"memory-{number}", f"Memory against {label}", memory, (7.4, 4.2)),
+            figure(f"memory-{number}", f"Memory against {label}", memory, CURVES),
         ),
     ]
 
@@ -200,7 +202,7 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
                 fontsize=8,
             )
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", labelsize=8)
+        axes.tick_params(axis="y", labelsize=9)
         axes.set(xlabel=label)
         axes.margins(x=0.12)
 
@@ -213,7 +215,7 @@ def _bars(result: dict[str, Any], colours: dict[str, str], number: int) -> list[
         known = {n: max(r["peak_bytes"] / MIB, 0.05) for n, r in rows.items() if r.get("peak_bytes") is not None}
         bars(axes, known, ",.1f", "MiB beyond inputs and gradients")
 
-    size = (7.4, 1.0 + 0.27 * len(rows))
+    size = (5.4, 1.0 + 0.27 * len(rows))
     found = [
         Picture(
             f"{number:02}-time",
@@ -245,9 +247,15 @@ def _errors(result: dict[str, Any], colours: dict[str, str], number: int) -> Pic
     def paint(axes: Any) -> None:
         for i, (name, row) in enumerate(rows.items()):
             axes.plot(
-                [row["seconds"] * 1e3], [_worst(row)], marker=MARKERS[i % len(MARKERS)], color=colours[name], markersize=8,
-                linestyle="", label=name, markerfacecolor=colours[name] if row["kl"] else "none",
-            )  # fmt: skip
+                [row["seconds"] * 1e3],
+                [_worst(row)],
+                marker=MARKERS[i % len(MARKERS)],
+                color=colours[name],
+                markersize=8,
+                linestyle="",
+                label=name,
+                markerfacecolor=colours[name] if row["kl"] else "none",
+            )
         from matplotlib.ticker import LogFormatterSciNotation
 
         axes.set_ylim(min(map(_worst, rows.values())) / 5, max(map(_worst, rows.values())) * 5)
@@ -259,5 +267,5 @@ def _errors(result: dict[str, Any], colours: dict[str, str], number: int) -> Pic
         "Error against time",
         f"{_title(result)}. The largest relative RMS error of loss, dh and dw. Lower left is better. Filled: CE + KL, "
         "hollow: CE alone.",
-        figure(f"error-{number}", "Error against time", paint, (7.4, 4.2)),
+        figure(f"error-{number}", "Error against time", paint, CURVES),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import tempfile
@@ -88,9 +89,11 @@ def run(
                 torch._dynamo.reset()
                 clean(device)
                 say(f"{w.size}: inputs")
+                table = settings.table(w)
+                gc.freeze()  # the libraries imported so far: collecting among them takes longer than a small step
                 one = Measurement(
                     w,
-                    settings.table(w),
+                    table,
                     rounds=settings.rounds,
                     deadline=start + settings.budget_seconds,
                     long_seconds=settings.long_seconds,
@@ -106,6 +109,8 @@ def run(
                 report["finished"] = True
         except KeyboardInterrupt:
             report["interrupted"] = True
+        finally:
+            gc.unfreeze()
     save()
     return report
 

@@ -25,7 +25,9 @@ def arguments(doc: str | None, result: Path, *, rounds: int, dtype: str) -> argp
     parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="for --shapes; default %(default)s")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start nothing that would end later")
-    parser.add_argument("--out", type=Path, help=f"folder for the files; default {result.parent}, none with --smoke")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for the files; default {result.parent}, build/bench with --against"
+    )
     parser.add_argument("--smoke", action="store_true", help="toy size")
     parser.add_argument(
         "--against", type=Path, nargs="?", const=result, metavar="JSON", help="an older result; default the committed"
@@ -40,7 +42,9 @@ def arguments(doc: str | None, result: Path, *, rounds: int, dtype: str) -> argp
         parser.error(f"argument --shapes: expected N,V,D, got {' '.join(args.shapes)}")
     args.shapes = [(*size, args.dtype) for size in sizes] or None
     args.rounds = 1 if args.smoke else max(1, args.rounds)
-    args.folder, args.name, args.error = args.out or result.parent, result.name, parser.error
+    # A comparison with the committed result leaves that as it is.
+    default = Path(__file__).resolve().parents[1] / "build" / "bench" if args.against else result.parent
+    args.folder, args.name, args.error = args.out or default, result.name, parser.error
     args.keep = args.out is not None or not args.smoke
     return args
 

@@ -26,7 +26,7 @@ def arguments(doc: str | None, result: Path, *, rounds: int, dtype: str) -> argp
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start nothing that would end later")
     parser.add_argument(
-        "--out", type=Path, help=f"folder for the files; default {result.parent}, build/bench with --against"
+        "--out", type=Path, help="folder for the files; default benchmarks/results/, with --against build/bench"
     )
     parser.add_argument("--smoke", action="store_true", help="toy size")
     parser.add_argument(

@@ -95,6 +95,8 @@ def test_the_terminal_table(swept: dict[str, Any]) -> None:
     text = table.render(swept["results"][-1])
     assert text.startswith("Toy: 30 tokens, vocabulary 150, width 8, float32; forward + backward")
     assert "* eager CE+KL" in text
+    assert "Timed in 1 round, temperature 20." in text
+    assert "0%" not in re.search(r"eager CE\+KL.*", text)[0], "one round has no spread"
     assert "abacus CE: <abacus> is not installed" in text
     assert "30% of the tokens ignored" in table.render(swept["results"][0])
     assert max(map(len, text.splitlines())) <= 140

@@ -22,7 +22,19 @@ import tiedkl
 
 from .candidates import EAGER, Candidate
 from .shapes import IGNORE, Workload
-from .steps import Step, clean, inputs, nothing, once, out_of_memory, peak_bytes, prepare, relative, truth
+from .steps import (
+    Step,
+    clean,
+    inputs,
+    nothing,
+    once,
+    out_of_memory,
+    peak_bytes,
+    prepare,
+    relative,
+    start_compiler,
+    truth,
+)
 from .targets import describe
 
 BOUND = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}  # relative error of a right result
@@ -31,7 +43,7 @@ LEAST_CHECKED = 64
 FLUSH_BYTES = 1 << 28  # more than a GPU's L2 cache
 TINY_SECONDS, MOST_REPEATS = 0.02, 20  # on a CPU, steps are repeated until a measurement is that long
 COMPILE_SECONDS = 20.0  # a guess at the first call of what torch.compile compiles, before there has been one
-ROUNDS_KEPT_FREE = 1  # rounds of what is already measured that the time for a new candidate must leave
+ROUNDS_KEPT_FREE = 2  # rounds of what is already measured that the time for a new candidate must leave
 
 Save = Callable[[], None]
 
@@ -155,6 +167,8 @@ class Measurement:
         c, row = self.table[name], self.rows[name]
 
         def work() -> bool:
+            if c.compiled:
+                start_compiler(self.device)
             began = time.perf_counter()
             step = prepare(c, self.w.mode, self.h, self.weight, self.y)
             found = step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,13 @@ def relative(got: Tensor, right: Tensor) -> float:
     squares = [(float((a.double() - b).square().sum()), float(b.double().square().sum())) for a, b in parts]
     error, true = sum(e for e, _ in squares), sum(s for _, s in squares)
     return (error / true) ** 0.5 if true else error**0.5
+
+
+@functools.cache
+def start_compiler(device: torch.device) -> None:
+    """Compile something small, so that the first row that is compiled does not pay for the compiler's own start."""
+    x = torch.ones(64, device=device, requires_grad=True)
+    torch.compile(lambda x: (x.exp() * 2).sum())(x).backward()
 
 
 TRUTH_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the logits at a time: float64, in some twenty copies

@@ -40,11 +40,14 @@ def heading(result: dict[str, Any]) -> list[str]:
         rate = f"{speed / 1e12:.1f} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.0f} GFLOP/s"
         targets += f". One matrix product N x V x D: {unit * 1e3:.3g} ms, {rate}"
     lines.append(targets + ".")
-    varied = [f"temperature {result['temperature']:g}"] if result["loss"] == "cekl" else []
+    rounds = max((row.get("samples", 0) for row in result["rows"].values()), default=0)
+    varied = [f"timed in {rounds} round{'s' if rounds != 1 else ''}"]
+    if result["loss"] == "cekl":
+        varied.append(f"temperature {result['temperature']:g}")
     if result["workspace_bytes"] is not None:
         varied.append(f"workspace {result['workspace_bytes'] / MIB:g} MiB")
-    if varied:
-        lines.append(", ".join(varied).capitalize() + ".")
+    text = ", ".join(varied)
+    lines.append(text[0].upper() + text[1:] + ".")
     return lines
 
 
@@ -58,7 +61,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     ms = row.get("seconds")
     return [
         number(ms, ".3f" if ms is not None and ms < 0.1 else ".1f", 1e3),
-        number(row.get("spread"), ".0%"),
+        number(row.get("spread") if row.get("samples", 0) > 1 else None, ".0%"),
         number(row.get("vs_best_ce"), ".2f"),
         number(row.get("vs_best_cekl"), ".2f"),
         number(row.get("floor_fraction"), ".2f"),

@@ -57,7 +57,8 @@ def test_rows_are_checked_and_timed(small: Workload, mode: str, ignored: float) 
     assert ours["vs_best_cekl"] == pytest.approx(ours["seconds"] / rows["eager CE+KL"]["seconds"])
     assert ours["vs_best_ce"] == pytest.approx(ours["seconds"] / rows["eager CE"]["seconds"])
     assert rows["eager CE"]["errors_vs_eager"]["loss"] == 1
-    plan = tiedkl.explain(*steps.inputs(w), impl="torch")
+    with torch.set_grad_enabled(mode != "fwd"):
+        plan = tiedkl.explain(*steps.inputs(w), impl="torch")
     assert ours["scratch_bytes"] == plan.scratch_bytes
     assert result["rows"]["abacus CE"] == {
         "status": "absent", "kl": False, "note": "abacus is not installed", "errors": {},
@@ -122,6 +123,7 @@ def test_wrong_is_not_timed_and_failures_are_rows(small: Workload) -> None:
     assert rows["peer scaled"]["status"] == "inaccurate"
     assert rows["peer scaled"]["seconds"] > 0
     assert rows["peer large"]["status"] == "out of memory"
+    assert rows["peer large"]["note"] == f"{2**24:.1f} GiB cannot be allocated"
     assert rows["peer larger"] | {"note": "Tried to allocate 9 GiB"} == rows["peer larger"]
     assert rows["peer broken"]["status"] == "failed"
     assert rows["peer broken"]["note"] == "theirs 1.0: ValueError: no such shape"

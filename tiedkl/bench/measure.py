@@ -40,6 +40,7 @@ from .targets import describe
 BOUND = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}  # relative error of a right result
 CHECK_WORK = {"cpu": 1e11, "cuda": 1e13}  # N V D up to which every token is checked; beyond it only the first ones
 LEAST_CHECKED = 64
+NARROW = 256  # widths below this cost no less: element-wise work in float64 then takes the time
 FLUSH_BYTES = 1 << 28  # more than a GPU's L2 cache
 TINY_SECONDS, MOST_REPEATS = 0.02, 20  # on a CPU, steps are repeated until a measurement is that long
 COMPILE_SECONDS = 20.0  # a guess at the first call of what torch.compile compiles, before there has been one
@@ -73,7 +74,7 @@ class Measurement:
         valid = self.y[self.y != IGNORE]
         self.share = len(valid) / workload.tokens
         self.rho = len(valid.unique()) / len(valid)
-        checked = int(CHECK_WORK[self.device.type] // (workload.vocab * workload.width))
+        checked = int(CHECK_WORK[self.device.type] // (workload.vocab * max(workload.width, NARROW)))
         self.checked = min(workload.tokens, max(LEAST_CHECKED, checked))
         self.truths: dict[tuple[bool, bool, int], dict[str, Tensor]] = {}
         self.warm: dict[str, float] = {}  # seconds of a step that is no first one
@@ -104,16 +105,15 @@ class Measurement:
     def _row(self, c: Candidate) -> dict[str, Any]:
         row: dict[str, Any] = {"status": "waiting" if c.loss else "absent", "kl": c.kl, "note": c.note, "errors": {}}
         if c.loss and c.impl:
-            plan = tiedkl.explain(
-                self.h,
-                self.weight,
-                self.y,
-                temperature=self.w.temperature,
-                alpha=self.w.alpha if c.kl else 0.0,
-                ignore_index=IGNORE,
-                impl=c.impl,
-                workspace_bytes=c.workspace_bytes,
-            )
+            options = {
+                "temperature": self.w.temperature,
+                "alpha": self.w.alpha if c.kl else 0.0,
+                "ignore_index": IGNORE,
+                "impl": c.impl,
+                "workspace_bytes": c.workspace_bytes,
+            }
+            with torch.set_grad_enabled(self.w.mode != "fwd"):
+                plan = tiedkl.explain(self.h, self.weight, self.y, **options)  # type: ignore[arg-type]
             row |= {"plan": str(plan).split("\nnot ")[0], "scratch_bytes": plan.scratch_bytes}
         return row
 
@@ -153,7 +153,9 @@ class Measurement:
         except Exception as error:  # a peer's failure must not end the run
             text = " ".join(str(error).split()) or "no reason given"
             if out_of_memory(error):
-                self.rows[name] |= {"status": "out of memory", "note": text.split(". ")[0][:200]}
+                asked = re.search(r"tried to allocate (\d+) bytes", text)  # the CPU allocator's words
+                note = f"{int(asked[1]) / 2**30:.1f} GiB cannot be allocated" if asked else text.split(". ")[0][:200]
+                self.rows[name] |= {"status": "out of memory", "note": note}
             else:
                 if "active drivers" in text:  # what Triton says without a GPU
                     text += " Its Triton kernels need a GPU."
@@ -309,7 +311,7 @@ class Measurement:
             if unit is not None:
                 row |= {"gemm_units": s / unit, "floor_fraction": self.floor_units(c.kl) * unit / s}
                 products = re.search(r"(\d+)(?: \+ (?:(\d+) )?(rho))? GEMMs", row.get("plan", ""))
-                if products and self.w.mode == "fwd+bwd":  # the plan is that of forward and backward
+                if products and self.w.mode != "bwd":
                     own = int(products[1]) + (int(products[2] or 1) * self.rho if products[3] else 0.0)
                     row["own_floor_fraction"] = self.share * own * unit / s
         for kl in (False, True):

@@ -46,6 +46,8 @@ def heading(result: dict[str, Any]) -> list[str]:
         varied.append(f"temperature {result['temperature']:g}")
     if result["workspace_bytes"] is not None:
         varied.append(f"workspace {result['workspace_bytes'] / MIB:g} MiB")
+    if result["mode"] == "bwd":
+        varied.append("of what computes gradients in its forward call this is only the rest")
     text = ", ".join(varied)
     lines.append(text[0].upper() + text[1:] + ".")
     return lines

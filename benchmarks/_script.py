@@ -81,6 +81,8 @@ def _run(args: argparse.Namespace, workloads: Sequence[Workload], folder: Path, 
     print(table.LEGEND)
     if args.keep:
         print(f"\nwrote {folder}")
+    for size in report["too_large"]:
+        print(f"the inputs of {size} alone do not fit the memory", file=sys.stderr)
     for size in report["left_out"]:
         print(f"out of time before {size}", file=sys.stderr)
     if report["interrupted"]:

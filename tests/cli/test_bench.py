@@ -195,6 +195,14 @@ def test_against_an_older_result(here: Path, capsys: pytest.CaptureFixture[str])
     assert "SLOWER" in capsys.readouterr().out
 
 
+def test_inputs_that_do_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--shapes", "1,1000000,20000000", "30,200,16", *TOY[3:]]) == 0
+    report = kept(here)
+    assert report["too_large"] == ["N=1 V=1000000 D=20000000 float32"]
+    assert [r["N"] for r in report["results"]] == [30]
+    assert "alone do not fit the memory" in capsys.readouterr().out
+
+
 def test_no_time_for_the_second_shape(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--shapes", "40,300,24", "30,200,16", *TOY[3:], "--budget-seconds", "0.0001"]
     assert main(arguments) == 0

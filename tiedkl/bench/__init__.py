@@ -4,6 +4,7 @@ shapes.py       heads of real models, workloads, sweeps      targets.py    text,
 candidates.py   tiedkl, eager, torch.compile                 peers.py      other libraries' losses
 steps.py        one repetition: inputs, error, time, memory  measure.py    all candidates on one workload
 runner.py       all workloads within the time there is       store.py      JSON and CSV
-table.py        for the terminal                             against.py    beside an older result
+figures.py      medians, floors, ratios                      against.py    beside an older result
+table.py        for the terminal
 plots.py        log-log curves and bars                      page.py       one HTML page
 """

@@ -1,9 +1,4 @@
-"""One workload: every candidate is checked against float64, its memory measured, and all are timed in turns.
-
-Floors are counted in products of an N x V x D matrix multiplication that is timed in the same rounds. No implementation
-can do without a logits product, two gradient products, and, for KL, a similarity product for each distinct target:
-3 + rho together, 1 + rho of them in the forward call.
-"""
+"""One workload: every candidate is checked against float64, its memory measured, and all are timed in turns."""
 
 from __future__ import annotations
 
@@ -21,6 +16,7 @@ from torch import Tensor
 import tiedkl
 
 from .candidates import EAGER, Candidate
+from .figures import compare_with_peers, timings, units
 from .shapes import IGNORE, Workload
 from .steps import (
     Step,
@@ -291,40 +287,17 @@ class Measurement:
     def _repeats(self, seconds: float) -> int:
         return max(1, min(MOST_REPEATS, round(TINY_SECONDS / max(seconds, 1e-9))))
 
-    def floor_units(self, kl: bool) -> float:
-        """Products without which there is no result."""
-        similarity = self.rho if kl else 0.0
-        return self.share * {"fwd": 1 + similarity, "bwd": 2.0, "fwd+bwd": 3 + similarity}[self.w.mode]
-
     def fill(self) -> None:
         """Rows from what was timed so far."""
         unit = statistics.median(self.units) if self.units else None
         self.result["unit_seconds"] = unit
         for name in self.alive:
-            times, c, row = self.seconds.get(name), self.table[name], self.rows[name]
-            row["errors_vs_eager"] = self._ratios(row["errors"], self.rows.get(EAGER[c.kl], {}).get("errors", {}))
-            if not times:
-                continue
-            s = statistics.median(times)
-            row |= {"seconds": s, "samples": len(times), "spread": (max(times) - min(times)) / s}
-            row["cold_start_seconds"] = max(0.0, row["first_call_seconds"] - s)
-            if unit is not None:
-                row |= {"gemm_units": s / unit, "floor_fraction": self.floor_units(c.kl) * unit / s}
-                products = re.search(r"(\d+)(?: \+ (?:(\d+) )?(rho))? GEMMs", row.get("plan", ""))
-                if products and self.w.mode != "bwd":
-                    own = int(products[1]) + (int(products[2] or 1) * self.rho if products[3] else 0.0)
-                    row["own_floor_fraction"] = self.share * own * unit / s
-        for kl in (False, True):
-            peers = [n for n in self.alive if self.table[n].kl == kl and not self.table[n].impl]
-            peers = [n for n in peers if self.rows[n]["status"] == "ok" and "seconds" in self.rows[n]]
-            if not peers:
-                continue
-            best = min(peers, key=lambda n: float(self.rows[n]["seconds"]))
-            key = "cekl" if kl else "ce"
-            self.result["best_peer"][key] = best
-            for row in self.rows.values():
-                if "seconds" in row:
-                    row[f"vs_best_{key}"] = row["seconds"] / self.rows[best]["seconds"]
-
-    def _ratios(self, errors: dict[str, float], eager: dict[str, float]) -> dict[str, float]:
-        return {k: e / eager[k] for k, e in errors.items() if eager.get(k)}
+            c, row = self.table[name], self.rows[name]
+            eager = self.rows.get(EAGER[c.kl], {}).get("errors", {})
+            row["errors_vs_eager"] = {k: e / eager[k] for k, e in row["errors"].items() if eager.get(k)}
+            times = self.seconds.get(name)
+            if times:
+                row |= timings(times, row["first_call_seconds"])
+                if unit is not None:
+                    row |= units(row, unit, self.w.mode, self.share, self.rho)
+        compare_with_peers(self.result)

@@ -20,7 +20,7 @@ from ..environment import stamp
 from .candidates import Candidate, candidates
 from .measure import Measurement
 from .shapes import Workload
-from .steps import clean, memory_limit
+from .steps import clean, memory_limit, out_of_memory
 from .store import SCHEMA, write_json
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -72,6 +72,7 @@ def run(
         "finished": False,
         "interrupted": False,
         "left_out": [],
+        "too_large": [],
         "results": [],
     }
 
@@ -91,15 +92,21 @@ def run(
                 say(f"{w.size}: inputs")
                 table = settings.table(w)
                 gc.freeze()  # the libraries imported so far: collecting among them takes longer than a small step
-                one = Measurement(
-                    w,
-                    table,
-                    rounds=settings.rounds,
-                    deadline=start + settings.budget_seconds,
-                    long_seconds=settings.long_seconds,
-                    save=save,
-                    say=lambda text, w=w: say(f"{w.size}: {text}"),  # type: ignore[misc]
-                )
+                try:
+                    one = Measurement(
+                        w,
+                        table,
+                        rounds=settings.rounds,
+                        deadline=start + settings.budget_seconds,
+                        long_seconds=settings.long_seconds,
+                        save=save,
+                        say=lambda text, w=w: say(f"{w.size}: {text}"),  # type: ignore[misc]
+                    )
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    report["too_large"].append(w.size)  # its inputs alone
+                    continue
                 report["results"].append(one.result)
                 try:
                     one.run()

@@ -127,6 +127,8 @@ def finish(report: dict[str, Any], older: dict[str, Any] | None, args: argparse.
         store.write(args.html, render(report))
         written.append(str(args.html))
     print("\nwrote " + ", ".join(written))
+    for size in report["too_large"]:
+        print(f"the inputs of {size} alone do not fit the memory")
     for size in report["left_out"]:
         print(f"no time was left for {size}; --budget-seconds gives more")
     status = 0

@@ -83,6 +83,8 @@ def test_wheel_contents(sources: Path, tmp_path: Path) -> None:
     info = wheel.name.rsplit("-", 3)[0] + ".dist-info"
     expected = {f"tiedkl/{p.relative_to(ROOT / 'tiedkl')}" for p in (ROOT / "tiedkl").rglob("*.py")}
     expected |= {f"tiedkl/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
+    pages = [p for kind in ("*.j2", "*.css") for p in (ROOT / "tiedkl").rglob(kind)]
+    expected |= {f"tiedkl/{p.relative_to(ROOT / 'tiedkl')}" for p in pages}
     expected |= {"tiedkl/py.typed", f"{info}/licenses/LICENSE"}
     assert expected <= names, expected - names
     assert {name.split("/")[0] for name in names} == {"tiedkl", info}

@@ -21,11 +21,12 @@ from tiedkl import __version__
 COMMANDS = {
     "doctor": "what is installed, which backends can run here and why not the others",
     "verify": "every runnable backend against float64; exit 1 when one breaks its bound",
+    "bench": "memory and throughput beside eager, torch.compile and every peer that is installed",
     "tune-kernels": "measure tile sizes of the Triton kernels on this GPU",
     "compare": "train baseline, +AL, +RE and +REAL on a text and report the difference",
 }
 # What a command imports beyond tiedkl's own dependencies; the extra that brings it has the command's name.
-EXTRAS = {"compare": ("tqdm", "matplotlib", "jinja2")}
+EXTRAS = {"compare": ("tqdm", "matplotlib", "jinja2"), "bench": ("matplotlib", "jinja2")}
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
 
 

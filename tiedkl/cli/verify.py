@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
+from ..environment import finite, stamp
 from ..testing import ALL_DTYPES, Case, Judgement, Ratio, cases, find_case, judge, suite_ratios
 
 ENOUGH = 50  # cases of one dtype and quantity from which a suite's ratio is held to its bound
@@ -60,9 +61,8 @@ def _case(text: str) -> Case:
 
 def run(args: argparse.Namespace) -> int:
     """Judge the chosen cases. 0 when every bound holds, 1 on a breach, 2 when nothing can run, 130 when interrupted."""
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"tiedkl verify: --device {device}: torch finds no CUDA device", file=sys.stderr)
+    device = _device(args.device)
+    if device is None:
         return 2
     dtypes = tuple(args.dtype or ALL_DTYPES)
     chosen = args.case or list(cases(args.cases, args.seed, dtypes))
@@ -84,22 +84,33 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
     progress.close()
 
-    breaches = [f"{j.case.id} ({j.case.kind}) {j.impl} {text}" for j in done for text in j.breaches]
+    breaches = [
+        f"{j.case.id} ({j.case.kind}) {j.impl} {text}\n    {_command(args, j.impl, j.case.id)}"
+        for j in done
+        for text in j.breaches
+    ]
     ratios = suite_ratios(done)
     if not args.case:
         for (impl, dtype, quantity), ratio in ratios.items():
             if ratio.cases >= ENOUGH and ratio.broken:
                 breaches.append(
-                    f"suite {impl} {dtype} {quantity}: {ratio.value:.3f} +- {ratio.standard_error:.3f} x eager's RMS"
+                    f"suite {impl} {dtype} {quantity}: {ratio.value:.3f} +- {ratio.standard_error:.3f} x eager's RMS\n"
+                    f"    {_suite_command(args, impl)}"
                 )
-    _table(done, ratios)
+    _table(args, done, ratios)
     finished = len({j.case.id for j in done})
     print(
         f"\n{finished} of {len(chosen)} problems, {progress.seconds:.0f} s" + (", interrupted" if interrupted else "")
     )
+    worst = _worst(done)
+    if worst is not None:
+        used, name, j = worst
+        print(f"The worst of all: {name} of {j.case.id} ({j.case.kind}), {used:.2f} of its bound:")
+        print(f"    {_command(args, j.impl, j.case.id)}")
     print("\n".join(["", "BREACHES", *breaches]) if breaches else "Every bound holds.")
     if args.json is not None:
-        args.json.write_text(json.dumps(_report(args, done, ratios, breaches, interrupted), indent=1) + "\n")
+        report = finite(_report(args, device, done, ratios, breaches, interrupted))
+        args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     return 130 if interrupted else int(bool(breaches))
 
 
@@ -115,7 +126,40 @@ def _runnable(impls: list[str] | None, device: torch.device, dtype: str) -> list
     return found
 
 
-def _table(done: list[Judgement], ratios: dict[tuple[str, str, str], Ratio]) -> None:
+def _device(text: str) -> torch.device | None:
+    """The device of that name; says on standard error why there is none."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        print(f"tiedkl verify: --device {text}: expected cpu, cuda or cuda:N", file=sys.stderr)
+        return None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        print(f"tiedkl verify: --device {device}: torch finds {found}", file=sys.stderr)
+        return None
+    return device
+
+
+def _command(args: argparse.Namespace, impl: str, case: str) -> str:
+    """What measures one problem again."""
+    device = "" if args.device == "cpu" else f" --device {args.device}"
+    return f"tiedkl verify --impl {impl} --case {case}{device}"
+
+
+def _suite_command(args: argparse.Namespace, impl: str) -> str:
+    """What measures one backend's suite again: the same problems, whose numbering depends on all of the dtypes."""
+    dtypes = "".join(f" --dtype {dtype}" for dtype in args.dtype or ())
+    device = "" if args.device == "cpu" else f" --device {args.device}"
+    return f"tiedkl verify --impl {impl}{dtypes} --cases {args.cases} --seed {args.seed}{device}"
+
+
+def _worst(done: list[Judgement]) -> tuple[float, str, Judgement] | None:
+    """The measurement that came nearest to its bound, or went furthest beyond."""
+    found = [(m.bound_used, name, j) for j in done for name, m in j.measured.items()]
+    return max(found, key=lambda item: item[0], default=None)
+
+
+def _table(args: argparse.Namespace, done: list[Judgement], ratios: dict[tuple[str, str, str], Ratio]) -> None:
     """One row per backend, dtype and quantity."""
     worst: dict[tuple[str, str, str], tuple[float, str]] = {}
     for j in done:
@@ -133,11 +177,12 @@ def _table(done: list[Judgement], ratios: dict[tuple[str, str, str], Ratio]) -> 
         used, case = worst[key]
         ratio = f"{ratios[key].value:6.3f} +- {ratios[key].standard_error:.3f}" if key in ratios else f"{'-':>15}"
         flag = " BREACH" if used > 1 else ""
-        print(f"{impl:<10} {dtype:<9} {name:<5} {ratio} {used:7.2f}  tiedkl verify --impl {impl} --case {case}{flag}")
+        print(f"{impl:<10} {dtype:<9} {name:<5} {ratio} {used:7.2f}  {_command(args, impl, case)}{flag}")
 
 
 def _report(
     args: argparse.Namespace,
+    device: torch.device,
     done: list[Judgement],
     ratios: dict[tuple[str, str, str], Ratio],
     breaches: list[str],
@@ -148,6 +193,8 @@ def _report(
         "torch": torch.__version__,
         "device": args.device,
         "threads": torch.get_num_threads(),
+        "environment": stamp(device),
+        "seed": args.seed,
         "interrupted": interrupted,
         "breaches": breaches,
         "suite": [{"impl": i, "dtype": d, "quantity": q, **asdict(ratio)} for (i, d, q), ratio in ratios.items()],
@@ -156,6 +203,7 @@ def _report(
                 "id": j.case.id,
                 "kind": j.case.kind,
                 "impl": j.impl,
+                "command": _command(args, j.impl, j.case.id),
                 "quantities": {
                     m.quantity: {"error": m.error, "eager": m.eager_error, "ulp": m.ulp, "bound_used": m.bound_used}
                     for m in j.measured.values()

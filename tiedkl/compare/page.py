@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
+from .. import page
 from .plots import COLOURS, curve
 from .report import COLUMNS, DRAW, rows
 
@@ -47,15 +47,13 @@ PLOTS = (
 
 def render(report: dict[str, Any]) -> str:
     """The report (see report.py) as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
     config, variants = report["config"], report["variants"]
     done = {name: v for name, v in variants.items() if v["status"] == "done"}
     plots = [(title, text, curve(report, key, title, label, log=log)) for key, title, label, log, text in PLOTS]
     kind = "LSTM" if config["model"] == "lstm" else "Transformer"
-    source = resources.files(__package__).joinpath(TEMPLATE).read_text("utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
-    return template.render(
+    return page.render(
+        __package__,
+        TEMPLATE,
         report=report,
         better=any((v["change"]["test_ppl"] or 0.0) <= -DRAW for v in variants.values()),
         model=f"{config['layers']}-layer {kind} of {config['hidden']} units",
@@ -66,21 +64,8 @@ def render(report: dict[str, Any]) -> str:
         colours=COLOURS,
         plots=[plot for plot in plots if plot[2]],
         record=[
-            ("Text", _facts(report["corpus"])),
-            ("Settings", _facts(config)),
-            ("Machine", _facts(report["environment"])),
+            ("Text", page.facts(report["corpus"])),
+            ("Settings", page.facts(config)),
+            ("Machine", page.facts(report["environment"])),
         ],
     )
-
-
-def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Keys and values to read; a nested dictionary becomes one line."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{k} {text(v)}" for k, v in value.items())
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-    return [(key.replace("_", " "), text(value)) for key, value in facts.items()]

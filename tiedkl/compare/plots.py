@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import re
 from typing import Any
+
+from ..page import figure
 
 COLOURS = {"baseline": "#5b6470", "al": "#b3540b", "re": "#1769aa", "real": "#137a4b"}
 MARKERS = {"baseline": "o", "al": "s", "re": "^", "real": "D"}
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e6ea",
-    "axes.edgecolor": "#8a929c",
-}
 
 
 def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool = False) -> str:
     """`key` of every epoch, one line a variant, as an `<svg>` element; "" when no variant has the figure."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     series = {
@@ -34,11 +21,8 @@ def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool
     }
     if not series:
         return ""
-    style: Any = {**STYLE, "svg.hashsalt": key}  # ids differ between the figures of a page
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+
+    def paint(axes: Any) -> None:
         for name, points in series.items():
             axes.plot(
                 *zip(*points, strict=True),
@@ -56,10 +40,5 @@ def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    tag, rest = svg[: svg.index(">")], svg[svg.index(">") :]
-    tag = re.sub(r' (width|height)="[^"]*"', "", tag)  # the page decides
-    return tag.replace("<svg", f'<svg role="img" aria-label="{title}"') + rest
+
+    return figure(key, title, paint)

@@ -11,6 +11,7 @@ import math
 from datetime import datetime, timezone
 from typing import Any
 
+from ..environment import finite
 from .settings import VARIANTS
 
 SCHEMA = 1
@@ -171,12 +172,5 @@ def table(report: dict[str, Any]) -> str:
 
 def to_json(report: dict[str, Any]) -> str:
     """Strict JSON: what is not a finite number becomes null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: finite(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(report), indent=1, allow_nan=False) + "\n"

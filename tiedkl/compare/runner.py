@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..environment import stamp
 from . import corpus as corpora
-from .environment import stamp
 from .memory import loss_memory
 from .page import render
 from .progress import Progress

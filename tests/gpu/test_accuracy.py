@@ -61,6 +61,21 @@ def test_a_slightly_wrong_gradient_is_a_breach(impl: str, monkeypatch: pytest.Mo
     assert any(" dw: " in text for text in breaches(chosen("random", "float32", 3), impl))
 
 
+@pytest.mark.parametrize("budget", [4 << 20, 1 << 30])
+def test_sums_over_a_large_vocabulary_are_as_accurate_as_eager(impl: str, budget: int) -> None:
+    """Sums over 262,144 columns in float32, where the cases above have thousands."""
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(256, 32, generator=g).to(DEVICE), torch.randn(1 << 18, 32, generator=g).to(DEVICE) * 0.2
+    y = torch.randint(1 << 18, (256,), generator=g).to(DEVICE)
+    out = tiedkl.fused_tied_loss(
+        h, w, y, reduction="none", return_terms=True, impl=impl, workspace_bytes=budget, alpha=0.0
+    )
+    assert isinstance(out, tiedkl.TiedLossOutput)
+    right = torch.logsumexp(h.double() @ w.double().T, -1)
+    error, eager = ((x.double() - right).square().mean().sqrt() for x in (out.lse, torch.logsumexp(h @ w.T, -1)))
+    assert float(error) <= 1.5 * float(eager)
+
+
 @pytest.mark.parametrize("budget", [8 << 20, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_kernels_agree(impl: str, dtype: torch.dtype, budget: int) -> None:

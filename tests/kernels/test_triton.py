@@ -27,7 +27,7 @@ if backend.unsupported(CPU, torch.float32):
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from tiedkl.kernels import config, exponential, launch, tile  # noqa: E402
+from tiedkl.kernels import config, exponential, launch, stats, tile  # noqa: E402
 
 OPTIONS = {
     "default": Options(2.0, 5.0),
@@ -201,3 +201,67 @@ def test_float32_products_follow_either_way_of_asking_for_tf32() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["ieee", "tf32", "ieee"], setting
+
+
+def test_weights_of_any_size_keep_their_digits_in_float16() -> None:
+    """Entries of G are some 1/V: a token of little weight among others must not lose them."""
+    p = problem(6, 3000, 16, Options(4.0, 8.0), torch.float16, False)
+    p.y.clamp_(min=0)
+    g = torch.tensor([1e-3, 1.0, 1.0, 1e-3, 1.0, 1e-2])
+    plan = plan_for(p, "triton", None, True)
+    d_h = backend.backward(p, plan, g, Needs(h=True, w=True))[1].h
+    right = reference.backward(p.to(torch.float64), g.double(), Needs(h=True, w=True))[1].h
+    assert d_h is not None
+    assert right is not None
+    error = (d_h.double() - right).norm(dim=1) / right.norm(dim=1)
+    assert float(error.max()) < 2**-11, error.tolist()
+
+
+@triton.jit
+def _sums(x, out, n):
+    total, lost = 0.0, 0.0
+    plain = 0.0
+    for i in range(n):
+        v = tl.load(x + i)
+        total, lost = stats.add(total, lost, v)
+        plain += v
+    tl.store(out, total + lost)
+    tl.store(out + 1, plain)
+
+
+def test_sums_keep_what_roundings_lose() -> None:
+    x = torch.rand(3000, generator=torch.Generator().manual_seed(0)) + 0.5
+    out = torch.empty(2)
+    _sums[(1,)](x, out, len(x))
+    ulp = 2.0**-12  # of a number of 3,000
+    error = (out.double() - x.double().sum()).abs() / ulp
+    assert float(error[0]) <= 0.5
+    assert float(error[1]) > 2, "a plain sum would have passed"
+
+
+@triton.jit
+def _visits(out, rows, cols):
+    r, c = tile.tile_of(tl.program_id(0), rows, cols)
+    place = out + r * cols + c
+    tl.store(place, tl.load(place) + 1)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 7), (12, 3), (25, 4), (40, 1)])
+def test_every_tile_is_visited_once(rows: int, cols: int) -> None:
+    out = torch.zeros(rows, cols, dtype=torch.int32)
+    _visits[(rows * cols,)](out, rows, cols)
+    assert out.eq(1).all()
+
+
+@pytest.mark.parametrize("row_tiles", [1, 8, 15, 64, 200, 1000])
+@pytest.mark.parametrize("vocab", [1, 129, 32_000, 256_000])
+def test_splits_cover_the_vocabulary_and_the_multiprocessors(
+    row_tiles: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    shape = config.Tile(128, 128, 64, 8, 4)
+    n, share = launch.splits(row_tiles, vocab, shape, CPU)
+    assert (n - 1) * share * 128 < vocab <= n * share * 128
+    if vocab == 256_000:
+        programs = row_tiles * n
+        assert programs / (-(-programs // 132) * 132) > 0.85, (n, share)

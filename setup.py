@@ -67,7 +67,8 @@ WITHOUT = {
     CPU: "the install goes on as pure Python, slower on a CPU.",
     CUDA: "the install goes on without it; Triton kernels and PyTorch remain for GPUs.",
 }
-CUDA_SOURCES, CUDA_KERNELS = ("cuda/bindings", "cuda/walk"), ("cuda/row_kernels", "cuda/target_kernels")
+CUDA_SOURCES = ("cuda/bindings", "cuda/walk")
+CUDA_KERNELS = ("cuda/row_kernels", "cuda/similarity", "cuda/target_kernels")
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")  # the last one also as code that newer GPUs compile for themselves
 
 

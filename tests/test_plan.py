@@ -172,19 +172,37 @@ def test_blocks_of_the_cuda_walk_fit(shape: Shape, budget: int | None, dtype: st
 
 
 def test_the_cuda_walk_counts_logits_similarities_and_targets() -> None:
-    """Four bytes each, a target for every token, its row in the input dtype; G takes the place of the logits."""
+    """Four bytes each, a target for every token; G takes the place of the logits. Only float32 rows are gathered."""
     shape = Shape(8192, 128_256, 2048, 2048, half=True)
     large, strict = (make_plan("cuda", shape, cuda.HALF, budget) for budget in (4 << 30, 32 * MIB))
-    assert (large.strategy, large.gemms) == (TOKEN_BLOCKS, "4")
-    assert (strict.strategy, strict.gemms) == (VOCAB_BLOCKS, "6")
+    assert (large.strategy, large.gemms) == (TOKEN_BLOCKS, "3 + rho")
+    assert (strict.strategy, strict.gemms) == (VOCAB_BLOCKS, "4 + 2 rho")
     for plan in (large, strict):
-        assert plan.scratch_bytes == plan.token_block * (8 * plan.vocab_block + 2 * 2048)
+        assert plan.scratch_bytes == plan.token_block * 8 * plan.vocab_block
     assert large.token_block == 4096  # two even blocks
     through_targets = replace(shape, target_grad=True)
     more = scratch_bytes(through_targets, cuda.HALF, 100, 100, 1000) - scratch_bytes(shape, cuda.HALF, 100, 100, 1000)
     assert more >= 100 * (2 * 1000 + 4 * 2048), "T in the input dtype, and d_t of the targets"
-    assert make_plan("cuda", through_targets, cuda.HALF, 4 << 30).gemms == "6"
     assert make_plan("cuda", replace(shape, kl=False), cuda.HALF, 4 << 30).gemms == "3"
+    full = replace(shape, half=False)
+    for budget, gemms in ((4 << 30, "4"), (32 * MIB, "6")):
+        plan = make_plan("cuda", full, cuda.FULL, budget)
+        assert plan.gemms == gemms
+        assert plan.scratch_bytes == plan.token_block * (8 * plan.vocab_block + 4 * 2048)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget", "gemms"),
+    [
+        ("bfloat16", 4 << 30, "5 + rho"),
+        ("bfloat16", 32 * MIB, "7 + 3 rho"),
+        ("float32", 4 << 30, "6"),
+        ("float32", 32 * MIB, "10"),
+    ],
+)
+def test_the_cuda_target_gradient_pays_for_every_target(dtype: str, budget: int, gemms: str) -> None:
+    shape = Shape(8192, 128_256, 512, 512, half=dtype != "float32", target_grad=True)
+    assert make_plan("cuda", shape, CUDA[dtype], budget).gemms == gemms
 
 
 def test_printed_plan_is_readable() -> None:

@@ -54,7 +54,8 @@ class Tuning:
     block_bytes: int = 1 << 62  # logits blocks beyond this leave the cache
     row_copies: bool = True  # rows of h and of the similarity source are gathered in the accumulation dtype
     target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
-    all_targets: bool = False  # products of the distinct targets are taken as if every token had one of its own
+    all_targets: bool = False  # similarities are computed as if every token had a target of its own
+    all_target_grads: bool = False  # the target gradient's products are taken likewise
     token_multiple: int = 1  # C likewise, where there are several blocks of tokens
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
@@ -119,16 +120,18 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _gemms(shape: Shape, strategy: str, all_targets: bool) -> str:
+def _gemms(shape: Shape, strategy: str, tuning: Tuning) -> str:
     """Matrix products in units of N x V x D, rho the share of distinct targets."""
     target_grad = shape.kl and shape.grad and shape.target_grad
     walks = 1  # of the logits and the similarities
     if strategy == VOCAB_BLOCKS:
         walks += (1 if shape.grad else 0) + (1 if shape.kl and (target_grad or not shape.grad) else 0)
-    rho = walks + (2 if target_grad else 0) if shape.kl else 0
-    units = walks + (2 if shape.grad else 0)
-    if all_targets:
-        return f"{units + rho}"
+    units, rho = walks + (2 if shape.grad else 0), 0
+    for products, all_rows in (
+        (walks if shape.kl else 0, tuning.all_targets),
+        (2 if target_grad else 0, tuning.all_target_grads),
+    ):
+        units, rho = (units + products, rho) if all_rows else (units, rho + products)
     return f"{units} + {rho if rho > 1 else ''}{' ' if rho > 1 else ''}rho" if rho else f"{units}"
 
 
@@ -173,5 +176,5 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         panel=min(tuning.panel, vocab),
         scratch_bytes=scratch_bytes(shape, tuning, tokens, targets, vocab),
         workspace_bytes=budget,
-        gemms=_gemms(shape, strategy, tuning.all_targets),
+        gemms=_gemms(shape, strategy, tuning),
     )

@@ -42,7 +42,7 @@ struct Block {
   float* z;  // (rows, ldz) products h w^T; the gradient block G out, see write_gradient
   int64_t ldz;
   int64_t rows, cols, v0, n_vocab;
-  const float* s;  // (targets, lds) products t[u] t^T
+  float* s;  // (targets, lds) products t[u] t^T
   int64_t lds;
   int64_t targets;       // capacity: how many there are is known on the device only
   const int64_t* count;  // (1) distinct targets
@@ -61,6 +61,9 @@ struct Block {
 // Empty sums, and z_y and t[u].t[u] in double as csrc/target_logits.h has them. h (rows, D), w (V, D), t (V, D').
 void begin_tokens(const Block& b, const LossParams& p, const Matrix& h, const Matrix& w, void* stream);
 void begin_targets(const Block& b, const Matrix& t, void* stream);
+
+// s of the block's columns, of the first `count` targets and of no others. t (V, D') in half precision, its columns side by side.
+void similarities(const Block& b, const Matrix& t, void* stream);
 
 // Add the block's columns to TeacherState, to TokenState.
 void teacher_stats(const Block& b, const LossParams& p, void* stream);

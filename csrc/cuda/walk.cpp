@@ -56,7 +56,8 @@ class Walk {
         target_grad_(kl_ && p.params.target_grad && grad_ && (p.t ? p.need_t : p.need_w)),
         h_(in_rows(p.h)),
         w_(in_rows(p.w)),
-        t_(p.t ? in_rows(*p.t) : w_) {
+        t_(p.t ? in_rows(*p.t) : w_),
+        count_aware_(p.h.scalar_type() != at::kFloat) {
     params_.target_grad = target_grad_;  // nothing behind the similarity target may want a gradient
     params_.temperature = 1.0 / double(float(1.0 / params_.temperature));  // the 1/tau the row kernels multiply by
     sizes_.tokens = std::min(sizes.tokens, std::max<int64_t>(n_, 1));
@@ -133,7 +134,7 @@ class Walk {
     b_ = Block{};
     if (kl_) {
       group(y);
-      u_ = t_.index_select(0, id_);
+      if (!count_aware_ || target_grad_) u_ = t_.index_select(0, id_);
       s_ = similarities_.slice(0, 0, id_.size(0));
       b_.s = data<float>(s_), b_.lds = s_.stride(0), b_.targets = s_.size(0);
       b_.count = data<int64_t>(count_), b_.ids = data<int64_t>(id_), b_.which = data<int64_t>(which_);
@@ -150,14 +151,20 @@ class Walk {
     if (kl_) begin_targets(b_, matrix(t_), stream_);
   }
 
-  // The products are cuBLAS's: rows beyond the number of distinct targets are multiplied too.
+  // Similarities in half precision are a kernel's, of the distinct targets; other products are cuBLAS's, which takes as many rows as
+  // there may be.
   void products(int64_t v0, int64_t v1) {
+    b_.v0 = v0, b_.cols = v1 - v0;
     multiply(z_.slice(1, 0, v1 - v0), h_rows_, w_.slice(0, v0, v1).t(), true);
-    if (kl_) multiply(s_.slice(1, 0, v1 - v0), u_, t_.slice(0, v0, v1).t(), true);
+    if (!kl_) return;
+    if (count_aware_) {
+      similarities(b_, matrix(t_), stream_);
+    } else {
+      multiply(s_.slice(1, 0, v1 - v0), u_, t_.slice(0, v0, v1).t(), true);
+    }
   }
 
-  void rows(int64_t v0, int64_t v1, unsigned stages) {
-    b_.v0 = v0, b_.cols = v1 - v0;
+  void rows(int64_t, int64_t, unsigned stages) {
     if (stages & kStats) {
       if (kl_) teacher_stats(b_, params_, stream_);
       token_stats(b_, params_, stream_);
@@ -208,6 +215,7 @@ class Walk {
   const int64_t n_, v_;
   const bool kl_, grad_, target_grad_;
   const Tensor h_, w_, t_;
+  const bool count_aware_;  // similarities are taken of the distinct targets alone
   Result out_;
   Tensor g_, scale_, bias_;
   // Scratch of the largest block, the similarity block's gradient and d_u among it; what is known of a token or a target.

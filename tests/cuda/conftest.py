@@ -27,7 +27,7 @@ def _on_host() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def compiled() -> ModuleType:
-    """The extension compiled for the host, with `set_order` of its threads."""
+    """The extension compiled for the host, with `set_order` of its threads and `similarities`."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
     return _on_host().load()

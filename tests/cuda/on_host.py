@@ -23,8 +23,9 @@ UNITS = {  # source -> flags
     "csrc/cuda/walk.cpp": ["-O1"],
     "csrc/cuda/bindings.cpp": ["-O0"],
     "csrc/cuda/row_kernels.cu": ["-O2", "-x", "c++", "-include", "cuda_on_host.h"],
+    "csrc/cuda/similarity.cu": ["-O2", "-x", "c++", "-include", "cuda_on_host.h"],
     "csrc/cuda/target_kernels.cu": ["-O2", "-x", "c++", "-include", "cuda_on_host.h"],
-    "tests/cuda/order.cpp": ["-O1"],
+    "tests/cuda/entries.cpp": ["-O1"],
 }
 
 
@@ -88,5 +89,11 @@ def load() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.set_order = ctypes.CDLL(str(library)).set_order  # type: ignore[attr-defined]
+    entries = ctypes.CDLL(str(library))
+    entries.similarities.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
+    ]  # fmt: skip
+    module.set_order = entries.set_order  # type: ignore[attr-defined]
+    module.similarities = entries.similarities  # type: ignore[attr-defined]
     return module

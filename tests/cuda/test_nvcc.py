@@ -20,6 +20,7 @@ KERNELS = {
     "begin_targets_kernel": 3,
     "token_stats_kernel": 2,  # with and without KL
     "teacher_stats_kernel": 1,
+    "similarity_kernel": 4,  # two dtypes, with rows that start at multiples of 16 bytes or do not
     "finish_tokens_kernel": 1,
     "gradient_kernel": 7,  # dtypes times KL or not, and one that writes nothing
     "target_gradient_kernel": 3,
@@ -44,7 +45,7 @@ def resources(said: str) -> list[tuple[str, int, int, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel(architecture: str, tmp_path: Path) -> None:
     found = []
-    for source in ("row_kernels", "target_kernels"):
+    for source in ("row_kernels", "similarity", "target_kernels"):
         done = subprocess.run(
             [
                 "nvcc", "-cubin", "-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings",

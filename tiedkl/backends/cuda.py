@@ -1,8 +1,9 @@
 """The C++ walk on a GPU (csrc/cuda/walk.cpp): cuBLAS products and row kernels over blocks of float32 logits.
 
 Nothing waits for the device and there are no atomics: a step can be captured in a CUDA graph, and reruns give the same
-bits. The number of distinct targets stays on the device, so that the products of the similarity rows are taken at
-their capacity of min(C, V) rows: they cost a unit where the other native backends pay rho.
+bits. The number of distinct targets stays on the device. A kernel multiplies the similarities of half-precision rows
+and reads the number there: they cost rho. Those of float32 rows, and the products of the target gradient, are cuBLAS's,
+taken at their capacity of min(C, V) rows: they cost a unit each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..problem import Grads, Needs, Problem, Terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Not measured on a GPU yet. Logits and similarities in float32, G in the place of the logits, every token with a target
-# of its own; rows of the similarity source are gathered, those of h and w are read where they are.
+# of its own. Rows of h and w are read where they are; those of the similarity source are gathered where they are
+# cuBLAS's to multiply: in float32, and for the target gradient.
 FULL = Tuning(
     z_buffers=1,
     s_buffers=1,
@@ -36,9 +38,10 @@ FULL = Tuning(
     row_copies=False,
     target_copies=1.0,
     all_targets=True,
+    all_target_grads=True,
     vocab_multiple=128,  # the walk rounds rows of its blocks up to 32 floats
 )
-HALF = replace(FULL, delta_buffers=0.5, target_copies=0.5)
+HALF = replace(FULL, delta_buffers=0.5, target_copies=0, all_targets=False)
 
 
 @functools.cache
@@ -129,10 +132,10 @@ def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms
 
 
 def forward(problem: Problem, plan: Plan) -> Terms:
-    """Per-token terms in 2 GEMMs, 4 in vocabulary blocks; half of it without KL."""
+    """Per-token terms in 1 + rho GEMMs, 2 + 2 rho in vocabulary blocks; rho is 1 in float32."""
     return _walk(problem, plan, None, Needs())[0]
 
 
 def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
-    """Per-token terms and gradients in one walk: 4 GEMMs, 6 in vocabulary blocks."""
+    """Per-token terms and gradients in one walk: 3 + rho GEMMs, 4 + 2 rho in vocabulary blocks; rho is 1 in float32."""
     return _walk(problem, plan, g.contiguous(), needs)

@@ -84,6 +84,7 @@ def finish_columns(
     col_mask = column < width
     place = n[:, None] * stride_grad + column[None, :]
     inside = (n < N)[:, None] & col_mask[None, :]
+    at_target = cols[None, :] == target[:, None]  # finish_tokens_kernel has closed this column
     step = N.to(tl.int64)
     rows += n
     z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
@@ -102,12 +103,12 @@ def finish_columns(
         q = exp(at_least((s_tile - ms[:, None]) * inv_t, FLOOR)) * inv_sum_s[:, None]
         q = tl.where(seen, q, 0.0)
         x, r_minus_q, excess = compare(z, s_tile, q, top, tops, offset, offset_low, inv_total_t, inv_t)
-        if SUM_KL:  # finish_tokens_kernel has compared the target's column
-            share = tl.sum(tl.where(seen & (cols[None, :] != target[:, None]), excess, 0.0), 1)
+        if SUM_KL:
+            share = tl.sum(tl.where(seen & (at_target == 0), excess, 0.0), 1)
         coef_r = tl.load(rows + 5 * step, mask=valid, other=0.0)  # g alpha / tau
         if TARGET:
             x_y = tl.load(rows + 12 * step, mask=valid, other=0.0)
-            x = tl.where(cols[None, :] == target[:, None], x_y[:, None], x)
+            x = tl.where(at_target, x_y[:, None], x)
             mean = tl.load(terms + step + n, mask=valid, other=0.0)
             tl.store(delta + place, coef_r[:, None] * (0.0 - x - mean[:, None]), mask=inside)
     if WRITE:
@@ -119,7 +120,7 @@ def finish_columns(
         out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
         if KL:
             out += r_minus_q * coef_r[:, None]
-        out = tl.where(cols[None, :] == target[:, None], on_target[:, None], out)
+        out = tl.where(at_target, on_target[:, None], out)
         if SOFTCAP:
             # Exactly 1 where tanh saturates, so that the gradient is exactly 0; a float32 `/` is off by up to 2 ulp.
             ratio = tl.math.div_rn(z, softcap)

@@ -18,8 +18,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 
 # In the order `auto` tries them. On a GPU Triton's kernels come before the CUDA extension until measurements decide:
-# within the default workspace both walk vocabulary blocks, the former in 4 + 2 rho products of N x V x D, the latter
-# in 6.
+# within the default workspace both walk vocabulary blocks, where the former keeps no logits in memory.
 BACKENDS: tuple[str, ...] = ("cpp", "triton", "cuda", "torch", "reference")
 
 

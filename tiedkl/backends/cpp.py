@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
+from . import _native
 
 # AMD EPYC 9R14-class, 2 cores, 2026-11; docs/design.md has the measurements.
 TUNING = Tuning(
@@ -31,14 +32,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @functools.cache
 def extension() -> ModuleType | str:
     """The compiled module, or the reason why it cannot be loaded."""
-    try:
-        from .. import _C  # type: ignore[attr-defined]
-    except ImportError as error:
-        return f"the extension tiedkl._C cannot be loaded ({error}); `tiedkl doctor` says how to build it"
-    built = str(_C.build_info().get("torch", torch.__version__)).split("+")[0]
-    if built != torch.__version__.split("+")[0]:
-        return f"tiedkl._C was built for torch {built}, this is torch {torch.__version__}; reinstall tiedkl"
-    return _C
+    return _native.load("_C")
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,23 +53,7 @@ def tuning(dtype: torch.dtype) -> Tuning:
 
 def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms, Grads]:
     module: Any = extension()
-    o = p.options
-    terms, *grads = module.walk(
-        p.h,
-        p.w,
-        p.y.contiguous(),
-        p.b,
-        p.t,
-        g,
-        o.temperature,
-        o.alpha,
-        o.label_smoothing,
-        o.z_loss,
-        o.softcap,
-        o.target_grad,
-        (needs.h, needs.w, needs.b, needs.t),
-        (plan.token_block, plan.target_block, plan.vocab_block, plan.panel),
-    )
+    terms, *grads = module.walk(*_native.arguments(p, plan, g, needs))
     return Terms(*terms.unbind(0)), Grads(*grads)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..plan import Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms
+from . import _native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Not measured on a GPU yet. Logits and similarities in float32, G in the place of the logits, every token with a target
@@ -47,14 +48,7 @@ HALF = replace(FULL, delta_buffers=0.5, target_copies=0, all_targets=False)
 @functools.cache
 def extension() -> ModuleType | str:
     """The compiled module, or the reason why it cannot be loaded."""
-    try:
-        from .. import _C_cuda  # type: ignore[attr-defined]
-    except ImportError as error:
-        return f"the extension tiedkl._C_cuda cannot be loaded ({error}); `tiedkl doctor` says how to build it"
-    built = str(_C_cuda.build_info()["torch"]).split("+")[0]
-    if built != torch.__version__.split("+")[0]:
-        return f"tiedkl._C_cuda was built for torch {built}, this is torch {torch.__version__}; reinstall tiedkl"
-    return _C_cuda
+    return _native.load("_C_cuda")
 
 
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
@@ -106,23 +100,7 @@ def tuning(dtype: torch.dtype) -> Tuning:
 
 def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms, Grads]:
     module: Any = extension()
-    o = p.options
-    arguments = (
-        p.h,
-        p.w,
-        p.y.contiguous(),
-        p.b,
-        p.t,
-        g,
-        o.temperature,
-        o.alpha,
-        o.label_smoothing,
-        o.z_loss,
-        o.softcap,
-        o.target_grad,
-        (needs.h, needs.w, needs.b, needs.t),
-        (plan.token_block, plan.target_block, plan.vocab_block, plan.panel),
-    )
+    arguments = _native.arguments(p, plan, g, needs)
     if p.h.device.type == "cpu":  # tests
         terms, *grads = module.walk(*arguments, 0)
     else:

@@ -19,6 +19,7 @@ from tiedkl import backends, reference, testing
 from tiedkl.ops import plan_for
 from tiedkl.plan import TOKEN_BLOCKS, VOCAB_BLOCKS
 from tiedkl.problem import Needs, Options, Problem
+from tiedkl.testing import random_problem as problem
 
 backend = backends.load("cuda")
 CPU = torch.device("cpu")
@@ -67,18 +68,6 @@ def test_the_forced_strategies_are_used(extension: ModuleType) -> None:
             w = x.w.requires_grad_()
             plan = tiedkl.explain(x.h, w, x.target, x.b, target_weight=x.t, impl="cuda", **options)
             assert plan.strategy == strategy, (case.id, str(plan))
-
-
-def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, extras: bool) -> Problem:
-    g = torch.Generator().manual_seed(n + v + d)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype)
-
-    y = torch.randint(v, (n,), generator=g)
-    y[1::4] = -1
-    b, t = (normal(v), normal(v, d + 2)) if extras else (None, None)
-    return Problem(normal(n, d), normal(v, d), y, b, t, options)
 
 
 def evaluate(p: Problem, needs: Needs, token_block: int, vocab_block: int) -> list[Tensor]:

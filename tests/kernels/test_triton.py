@@ -18,6 +18,7 @@ from tiedkl import backends, reference
 from tiedkl.ops import plan_for
 from tiedkl.plan import TOKEN_BLOCKS, VOCAB_BLOCKS
 from tiedkl.problem import Needs, Options, Problem
+from tiedkl.testing import random_problem as problem
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -41,18 +42,6 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "INTERPRETER", config.Tile(16, 32, 16, 1, 1))
-
-
-def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, extras: bool) -> Problem:
-    g = torch.Generator().manual_seed(n + v + d)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype)
-
-    y = torch.randint(v, (n,), generator=g)
-    y[1::4] = -1
-    b, t = (normal(v), normal(v, d + 2)) if extras else (None, None)
-    return Problem(normal(n, d), normal(v, d), y, b, t, options)
 
 
 def run(p: Problem, needs: Needs, token_block: int, vocab_block: int) -> tuple[list[Tensor], list[Tensor | None]]:

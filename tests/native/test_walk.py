@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiedkl import reference
+from tiedkl import reference, testing
 from tiedkl.problem import Needs, Options, Problem
 
 _C: Any = pytest.importorskip("tiedkl._C")
@@ -38,18 +38,8 @@ GRADIENT = {
 BLOCKS = [(1 << 40, 1 << 40, 1 << 40, 1 << 40), (1, 1, 1, 1), (3, 2, 5, 2), (4, 1, 1000, 7), (2, 5, 16, 1000)]
 
 
-def problem(
-    n: int, v: int, d: int, options: Options, dtype: torch.dtype, *, extras: bool = True, seed: int = 0
-) -> Problem:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype)
-
-    y = torch.randint(v, (n,), generator=g)
-    y[1::4] = -1
-    b, t = (normal(v), normal(v, d + 2)) if extras else (None, None)
-    return Problem(normal(n, d), normal(v, d), y, b, t, options)
+def problem(n: int, v: int, d: int, options: Options, dtype: torch.dtype, *, extras: bool = True) -> Problem:
+    return testing.random_problem(n, v, d, options, dtype, extras, seed=0)
 
 
 def walk(p: Problem, g: Tensor | None, needs: Needs, blocks: tuple[int, ...]) -> list[Tensor | None]:

@@ -5,7 +5,7 @@ make_inputs(case)   its tensors
 judge(case, impl)   the errors of one backend and of eager PyTorch against float64, and the bound each is held to
 """
 
-from .cases import ALL_DTYPES, KINDS, Case, Inputs, cases, find_case, make_case, make_inputs
+from .cases import ALL_DTYPES, KINDS, Case, Inputs, cases, find_case, make_case, make_inputs, random_problem
 from .judge import Judgement, Measured, Ratio, judge, suite_ratios
 from .oracle import FIXED_ULPS, GRADS, TERMS, Values, arguments, eager, flatten, truth, ulp, use
 
@@ -29,6 +29,7 @@ __all__ = [
     "judge",
     "make_case",
     "make_inputs",
+    "random_problem",
     "suite_ratios",
     "truth",
     "ulp",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..problem import Options, Problem
+
 ALL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 IGNORE = -100
 WIDE = 1 << 30  # a workspace in bytes that forces token_blocks
@@ -292,3 +294,18 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
         upstream=place(upstream.to(torch.float64 if case.dtype == "float64" else torch.float32)),
         tokens=tokens,
     )
+
+
+def random_problem(
+    n: int, v: int, d: int, options: Options, dtype: torch.dtype, extras: bool, seed: int | None = None
+) -> Problem:
+    """A problem for one backend, past the public function: every fourth token is skipped; `extras`: with b and t."""
+    g = torch.Generator().manual_seed(n + v + d if seed is None else seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    y = torch.randint(v, (n,), generator=g)
+    y[1::4] = -1
+    b, t = (normal(v), normal(v, d + 2)) if extras else (None, None)
+    return Problem(normal(n, d), normal(v, d), y, b, t, options)

@@ -18,13 +18,15 @@ namespace tiedkl::cpu {
 
 namespace {
 
-constexpr int64_t kDepth = 512;                        // of k per call with a packed operand
-constexpr int64_t kSumDepth = 256;                     // and without: d_h sums over the vocabulary, and shorter sums round less
+// Of k in one call of the micro-kernel, which sums it in one chain; shorter chains round less and read c more often.
+constexpr int64_t kLogitDepth = 256;   // w is packed: z sums over the width
+constexpr int64_t kTokenDepth = 128;   // G is packed: d_w sums over tokens, of which one carries most of a word's gradient
+constexpr int64_t kVocabDepth = 128;   // nothing is packed: d_h sums over the vocabulary
 constexpr int64_t kRows = 128, kCols = 128;            // of a block of c
 constexpr int64_t kPackedRows = 32, kPackedCols = 64;  // of a panel of the transposed operand
 constexpr int64_t kFew = 8;                            // rows of c up to which a BLAS is as fast, and adds up in better order
 constexpr int64_t kWide = 256;                         // columns of c from which MKL is slower where nothing but G^T lies transposed
-static_assert(kDepth * std::max(kPackedRows, kPackedCols) <= kF32GemmScratch);
+static_assert(kLogitDepth * kPackedCols <= kF32GemmScratch && kTokenDepth * kPackedRows <= kF32GemmScratch);
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -53,7 +55,7 @@ void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Ope
   const bool pack_b = b.col_stride != 1 || b.row_stride < n, pack_a = !pack_b && (a.col_stride != 1 || a.row_stride < k);
   const int64_t rows = pack_a ? kPackedRows : ceil_div(m, ceil_div(m, kRows)), cols = pack_b ? kPackedCols : pack_a ? 2 * kCols : kCols;
   const int64_t row_blocks = ceil_div(m, rows), col_blocks = ceil_div(n, cols);
-  const int64_t step = pack_a || pack_b ? kDepth : kSumDepth;
+  const int64_t step = pack_a ? kTokenDepth : pack_b ? kLogitDepth : kVocabDepth;
   const auto multiply = [&](int64_t i, int64_t j, int64_t k0, const float* left, int64_t lda, const float* right, int64_t ldb) {
     at::native::cpublas::brgemm(std::min(rows, m - i), std::min(cols, n - j), std::min(step, k - k0), lda, ldb, ldc, add || k0 > 0, left,
                                 right, c + i * ldc + j, false);
@@ -67,8 +69,8 @@ void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Ope
         const int64_t depth = std::min(step, k - k0);
         if (pack_a) {
           const int64_t i = x * rows;
-          at::vec::transpose_mxn<float>(a.data + i + k0 * a.col_stride, a.col_stride, panel, kDepth, depth, std::min(rows, m - i));
-          for (int64_t j = 0; j < n; j += cols) multiply(i, j, k0, panel, kDepth, b.data + k0 * b.row_stride + j, b.row_stride);
+          at::vec::transpose_mxn<float>(a.data + i + k0 * a.col_stride, a.col_stride, panel, kTokenDepth, depth, std::min(rows, m - i));
+          for (int64_t j = 0; j < n; j += cols) multiply(i, j, k0, panel, kTokenDepth, b.data + k0 * b.row_stride + j, b.row_stride);
         } else if (pack_b) {
           const int64_t j = x * cols;
           at::vec::transpose_mxn<float>(b.data + j * b.col_stride + k0, b.col_stride, panel, cols, std::min(cols, n - j), depth);

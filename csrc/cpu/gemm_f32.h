@@ -20,7 +20,7 @@ bool f32_gemm_available();
 bool f32_gemm_prefers(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b);
 
 // A panel of the transposed operand, one per thread.
-constexpr int64_t kF32GemmScratch = 512 * 64;
+constexpr int64_t kF32GemmScratch = 256 * 64;
 
 // c (m x n, rows ldc apart) = a (m x k) b (k x n), added to c when `add`. The order of the sums depends on k alone.
 // `scratch` holds kF32GemmScratch floats for each of at::get_num_threads() threads.

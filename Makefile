@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+OLD_TRANSFORMERS ?= transformers==4.57.6
 VENV ?= .venv
 DEMO_OUT ?= build/demo
 DEMO_ARGS ?=
@@ -26,11 +27,12 @@ SANITIZED := build/sanitize
 GPU_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test lint bench gpu sanitize clean
+.PHONY: help demo test test-old-transformers lint bench gpu sanitize clean
 
 help:
 	@echo "make demo      train baseline, +AL, +RE and +REAL on a small text and write a report   DEMO_ARGS=... DEMO_OUT=$(DEMO_OUT)"
 	@echo "make test      the tests                                                               TEST_ARGS='-k name'"
+	@echo "make test-old-transformers      the tests of the transformers integration with $(OLD_TRANSFORMERS)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU benchmark                                                           BENCH_ARGS=..."
 	@echo "make gpu       tests, accuracy and speed on this machine's GPU, with the python that is there    OUT=$(OUT)"
@@ -56,6 +58,17 @@ $(VENV)/.install-stamp: $(VENV)/.torch-stamp $(NATIVE_SOURCES)
 	@compgen -G "tiedkl/_C*.so" >/dev/null || echo "note: tiedkl._C is not built; '$(PIP) install -v --no-build-isolation -e .' shows why"
 	@touch $@
 
+# What the tests use beyond the library itself: the frameworks it integrates with. pip finds tiedkl installed.
+$(VENV)/.test-stamp: $(VENV)/.install-stamp
+	$(PIP) install "$(TORCH)" "tiedkl[integrations,tune]"
+	@touch $@
+
+# transformers' older major version with what it needs in other versions, in a folder in front of the environment's own.
+$(VENV)/.old-transformers-stamp: $(VENV)/.test-stamp
+	$(PIP) install requests
+	$(PIP) install --no-deps --target $(VENV)/old-transformers "$(OLD_TRANSFORMERS)" "huggingface-hub<1" "tokenizers<0.23"
+	@touch $@
+
 $(VENV)/.lint-stamp: $(VENV)/.install-stamp
 	$(PIP) install ruff mypy types-tqdm
 	@touch $@
@@ -64,8 +77,11 @@ demo: $(VENV)/.install-stamp
 	$(BIN)/tiedkl compare --out "$(DEMO_OUT)" $(DEMO_ARGS)
 	@echo "The report: file://$(abspath $(DEMO_OUT))/report.html"
 
-test: $(VENV)/.install-stamp
+test: $(VENV)/.test-stamp
 	$(BIN)/pytest $(TEST_ARGS)
+
+test-old-transformers: $(VENV)/.old-transformers-stamp
+	PYTHONPATH="$(abspath $(VENV))/old-transformers" $(BIN)/pytest tests/integrations/test_transformers.py $(TEST_ARGS)
 
 lint: $(VENV)/.lint-stamp
 	$(BIN)/ruff check

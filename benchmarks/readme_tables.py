@@ -1,7 +1,7 @@
-"""The README's benchmark figures and picture, from the committed result.
+"""The measured figures in README.md and docs/design.md, and the README's picture, from the committed results.
 
-    python benchmarks/readme_tables.py           rewrites README.md between its marks, and the picture beside the result
-    python benchmarks/readme_tables.py --check   writes nothing; exit 1 when they are not what the result gives
+    python benchmarks/readme_tables.py           rewrites the pages between their marks, and the picture
+    python benchmarks/readme_tables.py --check   writes nothing; exit 1 when they are not what the results give
     python benchmarks/readme_tables.py --smoke   the same as --check
 
 A picture is compared where the installed matplotlib is the one that drew it; another draws the same with other bytes.
@@ -10,6 +10,7 @@ A picture is compared where the installed matplotlib is the one that drew it; an
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,12 +20,19 @@ from tiedkl.bench.store import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "bench_cpu.json"
-BEGIN = "<!-- figures: python benchmarks/readme_tables.py, from benchmarks/results/cpu/bench_cpu.json -->"
-END = "<!-- end of figures -->"
+ACCURACY = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.json"
 OURS, FALLBACK = "tiedkl cpp", "tiedkl torch"
 BASELINES = ("eager CE+KL", "torch.compile CE+KL", "eager CE")
 DRAWN = {OURS: "#137a4b", FALLBACK: "#5fae86", "torch.compile CE+KL": "#b3540b", "eager CE": "#1769aa"}
 MIB = 1 << 20
+GOALS = {  # N, V, D, dtype -> at most, of eager CE+KL, torch.compile CE+KL, eager CE; at least, of the GEMM floor
+    (8192, 10000, 200, "float32"): (0.18, 0.45, 0.70, 0.80),
+    (2048, 32000, 512, "float32"): (0.22, 0.68, 0.85, 0.85),
+    (2048, 50257, 768, "float32"): (0.28, 0.68, 0.95, 0.88),
+    (1024, 50257, 768, "bfloat16"): (0.25, None, None, None),
+}
+QUANTITIES = {"loss": "loss", "ce": "CE", "kl": "KL", "dh": "d_h", "dw": "d_w", "db": "d_b", "dt": "d_t"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def best_peer(rows: dict[str, Any], kl: bool) -> float | None:
@@ -55,24 +63,95 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def text(report: dict[str, Any]) -> str:
-    """What stands between the marks."""
-    s = report["stamp"]
+def source(stamp: dict[str, Any]) -> str:
+    """Machine, versions, commit, command."""
+    where = f"{stamp['cpu']}, {stamp['threads']} threads, torch {stamp['torch']}"
+    return f"{where}, commit {stamp['commit'][:7]}, `{stamp['command'].strip()}`."
+
+
+def again(report: dict[str, Any]) -> str:
+    """Shapes that were measured again by a command of their own, on the same machine and commit."""
+    found = [r for r in report["results"] if "command" in r]
+    return "".join(f" Again, as neighbours were loud: {r['N']}, {r['V']}, {r['D']}, `{r['command']}`." for r in found)
+
+
+def speed(report: dict[str, Any]) -> str:
+    """The README's table of times, its picture and what was beside it."""
     rows = [result["rows"] for result in report["results"]]
     fallback = [r[FALLBACK]["seconds"] / r["eager CE+KL"]["seconds"] for r in rows if "seconds" in r.get(FALLBACK, {})]
     peers = sorted(
         {name for r in rows for name, row in r.items() if "seconds" in row and not name.startswith("tiedkl")}
     )
-    caption = (
-        f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit'][:7]}, `{s['command'].strip()}`. "
-        f"Measured beside it: {', '.join(peers)}."
-    )
+    caption = f"{source(report['stamp'])}{again(report)} Measured beside it: {', '.join(peers)}."
     without = (
         f'`impl="torch"`, the fallback without a compiler, takes {min(fallback):.2g} to {max(fallback):.2g} times as '
         "long as eager CE+KL in that run."
     )
     picture = f"![Time of a step in matrix products, by shape]({picture_file().relative_to(ROOT)})"
-    return "\n\n".join([BEGIN, table(report), picture, caption, without, END])
+    return "\n\n".join([table(report), picture, caption, without])
+
+
+def goals(report: dict[str, Any]) -> str:
+    """Measured ratios beside the goals of the design; what is missed is bold."""
+    lines = ["| N, V, D | of eager CE+KL | of torch.compile | of eager CE | GEMM floor / time |", "|" + "---|" * 5]
+    for result in report["results"]:
+        goal = GOALS.get(tuple(result[k] for k in ("N", "V", "D", "dtype")))
+        if goal is None:
+            continue
+        ours = result["rows"][OURS]
+        values = [ours["seconds"] / result["rows"].get(b, {}).get("seconds", float("nan")) for b in BASELINES]
+        cells = [f"{result['N']}, {result['V']}, {result['D']}" + (" bf16" if result["dtype"] != "float32" else "")]
+        for value, wanted, low in zip([*values, ours["floor_fraction"]], goal, (False,) * 3 + (True,), strict=True):
+            cell = f"{value:.2f}" + ("" if wanted is None else f" ({wanted:.2f})")
+            missed = wanted is not None and (value < wanted if low else value > wanted)
+            cells.append(f"**{cell}**" if missed else cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", source(report["stamp"]) + again(report) + " The goal stands in brackets; bold is missed."]
+    )
+
+
+def accuracy(report: dict[str, Any]) -> str:
+    """Errors of the backends in units of eager's, and KL as it becomes small."""
+    suite = {(r["impl"], r["dtype"], r["quantity"]): r for r in report["verify"]["suite"]}
+    impls = [impl for impl in ("cpp", "torch", "triton", "reference") if any(key[0] == impl for key in suite)]
+    lines = ["| backend | dtype | " + " | ".join(QUANTITIES.values()) + " |", "|" + "---|" * (2 + len(QUANTITIES))]
+    for impl in impls:
+        for dtype in DTYPES:
+            found = [suite.get((impl, dtype, quantity)) for quantity in QUANTITIES]
+            if any(found):
+                cells = [f"{r['value']:.2f}" if r else "-" for r in found]
+                lines.append(f"| {impl} | {dtype} | " + " | ".join(cells) + " |")
+    breaches = report["verify"]["breaches"]
+    bounds = sum(report["verify"]["bounds"].values())
+    missed = f"{len(breaches)} of {bounds} bounds are missed" if breaches else f"all of {bounds} bounds hold"
+    first = f"`{report['verify']['command']}`: {report['verify']['problems']} problems, {missed}."
+    parts = ["\n".join(lines), f"RMS error in units of eager PyTorch's own. {first}"]
+    suites = report["float32_suites"]
+    if suites:
+        counts = {impl: sum(f" {impl} " in b for s in suites for b in s["breaches"]) for impl in suites[0]["bounds"]}
+        total = {impl: sum(s["bounds"][impl] for s in suites) for impl in counts}
+        parts.append(
+            f"In {len(suites)} suites of float32 alone (`{suites[0]['command']}` and the next seeds): "
+            + "; ".join(f"{impl} misses {n} of {total[impl]:,} bounds" for impl, n in counts.items())
+            + "."
+        )
+    head = ["| mean KL | " + " | ".join(f"{r['mean_kl']:.1e}" for r in report["small_kl"]) + " |"]
+    head += ["|" + "---|" * (1 + len(report["small_kl"]))]
+    for name in ("eager", "tiedkl"):
+        head.append(f"| {name} | " + " | ".join(f"{r[name]:.1e}" for r in report["small_kl"]) + " |")
+    parts.append("Largest relative error of a token's KL in float32, as the prediction comes near its target:")
+    return "\n\n".join([*parts, "\n".join(head), source(report["stamp"])])
+
+
+def blocks() -> dict[tuple[str, str], str]:
+    """(page, name of the block) -> what stands between its marks."""
+    bench, errors = read_json(RESULT), json.loads(ACCURACY.read_text("utf-8"))
+    return {
+        ("README.md", "speed"): speed(bench),
+        ("README.md", "accuracy"): accuracy(errors),
+        ("docs/design.md", "goals"): goals(bench),
+    }
 
 
 def picture_file() -> Path:
@@ -115,27 +194,36 @@ def drawn_by(svg: str) -> str | None:
     return found[1] if found else None
 
 
-def replaced(readme: str, new: str) -> str:
-    """`readme` with `new` between the marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md lacks a mark: {BEGIN if not begin else END}")
-    return before + new + after
+def replaced(page: str, name: str, new: str) -> str:
+    """`page` with `new` between the marks of block `name`."""
+    begin, end = f"<!-- {name}: python benchmarks/readme_tables.py -->", f"<!-- end of {name} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"a page lacks a mark: {end if found else begin}")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
-def stale(readme: str, report: dict[str, Any]) -> list[str]:
-    """Names of what is not as the result gives it."""
-    found = [] if replaced(readme, text(report)) == readme else ["README.md"]
+def pages(new: dict[tuple[str, str], str]) -> dict[str, str]:
+    """Every page with its blocks as they should be."""
+    texts: dict[str, str] = {}
+    for (page, name), block in new.items():
+        texts[page] = replaced(texts.get(page) or (ROOT / page).read_text("utf-8"), name, block)
+    return texts
+
+
+def stale(new: dict[tuple[str, str], str], drawing: dict[str, Any]) -> list[str]:
+    """Names of what is not as the results give it."""
+    found = [page for page, text in pages(new).items() if text != (ROOT / page).read_text("utf-8")]
     old = picture_file().read_text("utf-8") if picture_file().exists() else ""
     try:
-        new = picture(report)
+        drawn = picture(drawing)
     except ImportError as error:
         print(f"{picture_file().name} is not compared: {error}")
         return found
-    if old and drawn_by(old) != drawn_by(new):
-        print(f"{picture_file().name} is not compared: matplotlib {drawn_by(old)} drew it, this is {drawn_by(new)}")
-    elif old != new:
+    if old and drawn_by(old) != drawn_by(drawn):
+        print(f"{picture_file().name} is not compared: matplotlib {drawn_by(old)} drew it, this is {drawn_by(drawn)}")
+    elif old != drawn:
         found.append(str(picture_file().relative_to(ROOT)))
     return found
 
@@ -145,16 +233,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare only")
     parser.add_argument("--smoke", action="store_true", help="the same")
     args = parser.parse_args()
-    report, file = read_json(RESULT), ROOT / "README.md"
-    readme = file.read_text("utf-8")
+    report, new = read_json(RESULT), blocks()
     if args.check or args.smoke:
-        names = stale(readme, report)
+        names = stale(new, report)
         for name in names:
-            print(f"{name} is not what {RESULT.relative_to(ROOT)} gives: run python benchmarks/readme_tables.py")
+            print(f"{name} is not what benchmarks/results/ gives: run python benchmarks/readme_tables.py")
         return int(bool(names))
-    file.write_text(replaced(readme, text(report)), "utf-8")
+    for page, text in pages(new).items():
+        (ROOT / page).write_text(text, "utf-8")
     picture_file().write_text(picture(report), "utf-8")
-    print(f"wrote README.md and {picture_file().relative_to(ROOT)}")
+    print(f"wrote {', '.join(pages(new))} and {picture_file().relative_to(ROOT)}")
     return 0
 
 

@@ -144,26 +144,47 @@ class TestReadme:
     def tables(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return load(monkeypatch, "readme_tables")
 
-    def test_the_figures_are_those_of_the_committed_result(self, tables: ModuleType) -> None:
-        report = tables.read_json(tables.RESULT)
-        assert tables.stale((tables.ROOT / "README.md").read_text("utf-8"), report) == []
+    def test_the_figures_are_those_of_the_committed_results(self, tables: ModuleType) -> None:
+        assert tables.stale(tables.blocks(), tables.read_json(tables.RESULT)) == []
 
-    def test_another_figure_is_noticed(self, tables: ModuleType) -> None:
+    def test_another_figure_is_noticed(self, tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         report = tables.read_json(tables.RESULT)
-        readme = (tables.ROOT / "README.md").read_text("utf-8")
-        report["results"][0]["rows"]["tiedkl cpp"]["seconds"] *= 1.5
-        assert tables.stale(readme, report) == ["README.md"]
+        for result in report["results"]:
+            result["rows"]["tiedkl cpp"]["seconds"] *= 1.5
+        monkeypatch.setattr(tables, "read_json", lambda file: report)
+        assert tables.stale(tables.blocks(), report) == ["README.md", "docs/design.md"]
         report["results"][0]["rows"]["tiedkl cpp"]["gemm_units"] *= 2
         pytest.importorskip("matplotlib")
         drawn = tables.drawn_by(tables.picture(report))
         if drawn == tables.drawn_by(tables.picture_file().read_text("utf-8")):
-            assert tables.stale(readme, report) == ["README.md", "benchmarks/results/cpu/bench_cpu.svg"]
+            assert tables.stale(tables.blocks(), report)[-1] == "benchmarks/results/cpu/bench_cpu.svg"
+
+    def test_another_error_is_noticed(
+        self, tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        errors = json.loads(tables.ACCURACY.read_text())
+        errors["verify"]["suite"][0]["value"] += 0.1
+        other = tmp_path / "accuracy.json"
+        other.write_text(json.dumps(errors))
+        monkeypatch.setattr(tables, "ACCURACY", other)
+        assert tables.stale(tables.blocks(), tables.read_json(tables.RESULT)) == ["README.md"]
+
+    def test_a_missed_goal_is_bold(self, tables: ModuleType) -> None:
+        report = tables.read_json(tables.RESULT)
+        for result in report["results"]:
+            result["rows"]["tiedkl cpp"]["seconds"] = 0.5 * result["rows"]["eager CE+KL"]["seconds"]
+        assert "| **0.50 (0.18)** |" in tables.goals(report)
+        for result in report["results"]:
+            result["rows"]["tiedkl cpp"]["seconds"] = 0.1 * result["rows"]["eager CE+KL"]["seconds"]
+        assert "| 0.10 (0.18) |" in tables.goals(report)
 
     def test_it_writes_what_it_checks(
         self, tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         pytest.importorskip("matplotlib")
-        (tmp_path / "README.md").write_text(f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nrest\n")
+        for page in {page for page, _ in tables.blocks()}:
+            (tmp_path / page).parent.mkdir(exist_ok=True)
+            (tmp_path / page).write_text((tables.ROOT / page).read_text().replace("0.", "9."))
         result = tmp_path / "benchmarks" / "bench_cpu.json"
         result.parent.mkdir()
         result.write_bytes(tables.RESULT.read_bytes())
@@ -176,10 +197,12 @@ class TestReadme:
         monkeypatch.setattr(sys, "argv", ["readme_tables.py", "--check"])
         assert tables.main() == 0
         readme = (tmp_path / "README.md").read_text("utf-8")
-        assert readme.startswith("# Title")
-        assert readme.endswith("rest\n")
+        assert readme.startswith("# tiedkl")
+        assert readme.endswith("Apache-2.9.\n")  # outside the marks nothing changes
         assert "| 2048, 50257, 768 | float32 |" in readme
 
-    def test_a_readme_without_marks(self, tables: ModuleType) -> None:
-        with pytest.raises(SystemExit, match="lacks a mark"):
-            tables.replaced("no marks", "x")
+    def test_a_page_without_marks(self, tables: ModuleType) -> None:
+        with pytest.raises(SystemExit, match="lacks a mark: <!-- speed"):
+            tables.replaced("no marks", "speed", "x")
+        with pytest.raises(SystemExit, match="lacks a mark: <!-- end of speed"):
+            tables.replaced("<!-- speed: python benchmarks/readme_tables.py -->", "speed", "x")

@@ -1,0 +1,120 @@
+"""What is trained for the paper's tables: every run by name, and nothing else.
+
+An experiment is a list of runs; a run is one variant, one seed, one set of settings on a part of the training text. The
+settings are those of `tiedkl.compare`. They follow Inan, Khosravi and Socher (2017) where the paper gives them, else
+its Keras reimplementation: two LSTM layers, SGD at rate 1 on sums over time steps, 20 sequences, 35 steps, rate times
+0.9 an epoch after the fifth, gradient norm 5 or 6, variational dropout, no output bias where the embedding is reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiedkl.compare.settings import VARIANTS
+
+PAPER: dict[str, Any] = {
+    "model": "lstm",
+    "layers": 2,
+    "batch": 20,
+    "bptt": 35,
+    "lr": 1.0,
+    "lr_decay": 0.9,
+    "decay_after": 5,
+    "epochs": 40,
+    "tied_bias": False,
+    "temperature": 20.0,
+    "gamma": 0.5,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"hidden": 200, "dropout": 0.3, "clip": 5.0},
+    "medium": {"hidden": 650, "dropout": 0.5, "clip": 5.0},
+    "large": {"hidden": 1500, "dropout": 0.65, "clip": 6.0, "lr_decay": 0.97, "decay_after": 1, "epochs": 80},
+}
+TRANSFORMER: dict[str, Any] = {
+    "model": "transformer",
+    "layers": 2,
+    "hidden": 256,
+    "dropout": 0.3,
+    "batch": 20,
+    "bptt": 64,
+    "lr": 1e-3,
+    "lr_decay": 0.8,
+    "decay_after": 5,
+    "epochs": 15,
+    "clip": 1.0,
+    "temperature": 20.0,
+    "gamma": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `loss` holds what `AblatedTrainer` changes in the loss."""
+
+    experiment: str
+    label: str
+    variant: str
+    seed: int
+    settings: dict[str, Any]
+    fraction: float = 1.0  # of the training text, from its start
+    loss: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment}-{self.label}-{self.seed}"
+
+
+def _four(
+    experiment: str, settings: dict[str, Any], seeds: range, fraction: float = 1.0, suffix: str = ""
+) -> list[Run]:
+    return [
+        Run(experiment, variant + suffix, variant, seed, settings, fraction) for seed in seeds for variant in VARIANTS
+    ]
+
+
+def _ablations() -> Iterator[Run]:
+    """The small +REAL model on a quarter of the text, one change at a time, beside +RE."""
+    base = PAPER | SIZES["small"] | {"epochs": 20, "decay_after": 8, "lr_decay": 0.8}
+    for seed in range(1, 4):
+
+        def run(
+            label: str, variant: str = "real", seed: int = seed, loss: dict[str, Any] | None = None, **settings: Any
+        ) -> Run:
+            return Run("ablations", label, variant, seed, base | settings, 0.25, loss or {})
+
+        yield run("real")
+        yield run("re", "re")
+        for smoothing in (0.05, 0.1):
+            yield run(f"re,smoothing={smoothing}", "re", loss={"label_smoothing": smoothing})
+        yield run("target_grad", loss={"target_grad": True})
+        for tau in (2.0, 5.0, 10.0, 40.0):
+            yield run(f"tau={tau:g}", temperature=tau)
+        for gamma in (0.1, 0.25, 1.0, 2.0, 4.0):
+            yield run(f"gamma={gamma:g}", gamma=gamma)
+        yield run("tau 40 to 10", loss={"temperatures": (40.0, 10.0)})
+        yield run("tau 10 to 40", loss={"temperatures": (10.0, 40.0)})
+        yield run("average", loss={"similarity": "average"})
+        yield run("frozen", loss={"similarity": "frozen"})
+
+
+def experiments() -> dict[str, list[Run]]:
+    """Every experiment by name, its runs in the order in which they are trained."""
+    small = PAPER | SIZES["small"]
+    return {
+        "small": _four("small", small, range(1, 4)),
+        "readings": [  # of the dropout figure 0.7: a probability of keeping, or of dropping
+            Run("readings", f"{v},dropout=0.7", v, 1, small | {"dropout": 0.7, "epochs": 6})
+            for v in ("baseline", "real")
+        ],
+        "data": [
+            run
+            for part in (16, 4)
+            for run in _four("data", small | {"epochs": 60 if part == 16 else 40}, range(1, 4), 1 / part, f",1/{part}")
+        ],
+        "ablations": list(_ablations()),
+        "transformer": _four("transformer", TRANSFORMER, range(1, 3)),
+        "medium": _four("medium", PAPER | SIZES["medium"], range(1, 2)),
+        "large": _four("large", PAPER | SIZES["large"], range(1, 2)),
+    }

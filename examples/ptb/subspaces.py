@@ -1,0 +1,136 @@
+"""The paper's Figure 1: how near the augmented loss alone brings the classifier to the embedding it does not share.
+
+    python examples/ptb/subspaces.py --data DIR      13 runs of some minutes on two cores; interrupt and repeat at will
+
+An LSTM of 300 units with an embedding L and a classifier W of its own is trained on 20,000 contiguous words, without
+regularisation and with the rows of L at norm 1, on beta tau^2 |V| KL + (1 - beta) CE. Measured is how much of W lies
+outside the space that the columns of L span, ||W - L L^+ W|| / ||W||: near 1 for spaces that have nothing in common
+(sqrt(1 - D / V) for random ones), 0 when W is a linear map of L. Without --data the text is CPython's help texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tiedkl
+from tiedkl.compare import corpus as corpora
+from tiedkl.compare.lstm import VariationalLSTM
+from tiedkl.compare.store import write_atomically
+
+BETAS, TEMPERATURES = (0.0, 0.5, 0.9, 0.99, 1.0), (1.0, 2.0, 5.0, 10.0)
+ALMOST_ONE = 1 - 1e-9  # beta = 1 has no cross-entropy left; the loss always has some
+
+
+def outside(w: Tensor, basis: Tensor) -> float:
+    """The share of w (V, D) outside the column space of basis (V, D), by norm."""
+    q, _ = torch.linalg.qr(basis.double())
+    w = w.double()
+    return float((w - q @ (q.T @ w)).norm() / w.norm())
+
+
+class Model(nn.Module):
+    """Embedding, LSTM and classifier, none shared."""
+
+    def __init__(self, n_vocab: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(n_vocab, width))
+        self.body = VariationalLSTM(width, layers, dropout=0.0)
+        self.classifier = nn.Parameter(torch.empty(n_vocab, width))
+        for p in self.parameters():
+            nn.init.uniform_(p, -0.1, 0.1)
+        self.normalise()
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Rows of the embedding to norm 1."""
+        self.embedding.div_(self.embedding.norm(dim=1, keepdim=True))
+
+
+def train(words: Tensor, n_vocab: int, beta: float, tau: float, args: argparse.Namespace) -> dict[str, Any]:
+    """One run; its last cross-entropy, KL and distance, and the distance after every tenth epoch."""
+    torch.manual_seed(args.seed)
+    began = time.perf_counter()
+    beta = min(beta, ALMOST_ONE)
+    model = Model(n_vocab, args.hidden, args.layers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    # the paper's sum is (1 - beta) (CE + alpha KL)
+    loss_fn = tiedkl.FusedTiedLoss(
+        temperature=tau, alpha=beta / (1 - beta) * tau**2 * n_vocab, return_terms=True, reduction="mean"
+    )
+    inputs, targets = corpora.batches(words, args.batch)
+    generator = torch.Generator()
+    curve, ce, kl = [], math.nan, math.nan
+    for epoch in range(args.epochs):
+        state, sums = model.body.start(args.batch), torch.zeros(3)
+        for x, y in zip(inputs.split(args.bptt), targets.split(args.bptt), strict=True):
+            hidden, state = model.body(nn.functional.embedding(x, model.embedding), state, generator)
+            out = loss_fn(hidden, model.classifier, y, target_weight=model.embedding.detach())
+            optimizer.zero_grad(set_to_none=True)
+            (out.loss * (1 - beta)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            model.normalise()
+            n = int((y >= 0).sum())
+            sums += torch.tensor([float(out.ce) * n, float(out.kl) * n, n])
+        schedule.step()
+        ce, kl = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+        if (epoch + 1) % 10 == 0 or epoch + 1 == args.epochs:
+            curve.append([epoch + 1, outside(model.classifier.detach(), model.embedding.detach())])
+    return {"ce": ce, "kl": kl, "distance": curve[-1][1], "curve": curve, "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="directory or file, as for tiedkl compare")
+    parser.add_argument("--out", type=Path, default=Path("subspaces.json"))
+    parser.add_argument("--words", type=int, default=20_000)
+    parser.add_argument("--hidden", type=int, default=300)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--bptt", type=int, default=35)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--clip", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="toy size")
+    args = parser.parse_args()
+    betas, temperatures = BETAS, TEMPERATURES
+    if args.smoke:
+        args.words, args.hidden, args.epochs, args.batch = 600, 16, 2, 4
+        betas, temperatures = (0.0, 1.0), (1.0, 10.0)
+    text = corpora.load(args.data, vocab_size=1_000_000, min_count=1)
+    start = len(text.train) // 2  # contiguous words from the middle of the text
+    stream = text.train[start : start + args.words]
+    words = torch.cat([stream, stream.new_tensor([0, 1])]).unique()  # <unk> and <eos> keep their ids
+    ids = torch.searchsorted(words, stream)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "smoke", "data")}
+    settings |= {"data": text.name, "vocabulary": len(words), "random": math.sqrt(1 - args.hidden / len(words))}
+    report: dict[str, Any] = {"settings": settings, "runs": {}}
+    if args.out.exists():
+        old = json.loads(args.out.read_text())
+        if old["settings"] != settings:
+            parser.error(f"{args.out} holds runs with other settings; choose another --out")
+        report = old
+    print(f"{len(ids):,} words, {len(words):,} of them distinct; random spaces are {settings['random']:.3f} apart")
+    print(f"{'beta':>6}{'tau':>6}{'CE':>9}{'KL':>11}{'distance':>10}")
+    for tau in temperatures:
+        for beta in betas:
+            key = f"beta={beta:g}" if beta == 0 else f"beta={beta:g} tau={tau:g}"
+            if key not in report["runs"]:
+                report["runs"][key] = {"beta": beta, "tau": tau} | train(ids, len(words), beta, tau, args)
+                write_atomically(args.out, (json.dumps(report, indent=1) + "\n").encode())
+            r = report["runs"][key]
+            print(f"{beta:6g}{tau:6g}{r['ce']:9.3f}{r['kl']:11.3e}{r['distance']:10.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,10 +12,12 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -224,8 +226,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return _gradients(ctx, upstream, tied_loss_backward)
+
+
+def _gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
     nothing = (None,) * 5
-    if upstream is None or not ctx.needs:
+    if upstream is None:
+        return (None,) * 5 + nothing
+    if any(ctx.needs_input_grad[i] and not ctx.needs & bit for i, bit in ((0, NEED_H), (1, NEED_W), (3, NEED_B))):
+        raise RuntimeError(
+            "FusedTiedLoss was traced where no gradient was wanted, such as torch.export under torch.no_grad, and has "
+            "none now: trace it with gradients enabled"
+        )
+    if not ctx.needs:
         return (None,) * 5 + nothing
     h, w, target, *rest = ctx.saved_tensors
     b, t, token_weight = (rest.pop(0) if has else None for has in ctx.has)
@@ -233,7 +246,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if saved and _may_overwrite(saved):
         grads = [d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved]
     else:
-        grads = tied_loss_backward(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
+        grads = backward_op(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
     d_h, d_w, d_b, d_t = (d if ctx.needs & bit else None for d, bit in zip(grads, NEED_BITS, strict=True))
     return (d_h, d_w, None, d_b, d_t, *nothing)
 
@@ -242,11 +255,17 @@ def _may_overwrite(saved: list[Tensor]) -> bool:
     """Whether the graph is freed after this backward: saved gradients may be scaled in place, which saves one V x D."""
     if torch.is_grad_enabled() or any(type(d) is not Tensor for d in saved):  # a subclass: somebody is tracing
         return False
+    if torch._C._are_functorch_transforms_active():  # the upstream gradient may be a batch of them
+        return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is not None and not keep_graph()
 
 
 tied_loss.register_autograd(_backward, setup_context=_setup)
+
+
+def _no_forward_mode(ctx: Any, *tangents: Any) -> None:
+    raise RuntimeError("FusedTiedLoss has no forward-mode derivative (torch.func.jvp, jacfwd): use reverse mode")
 
 
 class TiedLoss(torch.autograd.Function):
@@ -259,14 +278,28 @@ class TiedLoss(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward)
+    jvp = staticmethod(_no_forward_mode)
+
+
+def requires_grad(x: Tensor | None) -> bool:
+    """Whether `x` requires a gradient, be it of an outer transform of torch.func: a batched tensor itself says no."""
+    while x is not None and not x.requires_grad:
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return x is not None
 
 
 def evaluate(*args: Any) -> tuple[Tensor, ...]:
     """`tied_loss`; called directly where nobody is tracing, compiling or wrapping tensors."""
-    watched = (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in args)
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # without fullgraph, torch.compile then leaves the function to eager
+            raise RuntimeError("torch.compile cannot trace FusedTiedLoss under torch.func: do not set fullgraph=True")
+        return _transformed(*args)
+    if torch.compiler.is_compiling():
+        return tied_loss(*args)
+    watched = torch._C._len_torch_dispatch_stack() or any(
+        isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in args
     )
     return tied_loss(*args) if watched else TiedLoss.apply(*args)
 
@@ -282,3 +315,68 @@ def _double_backward(ctx: Any, *grads: Any) -> None:
 
 
 tied_loss_backward.register_autograd(_double_backward, setup_context=_double_setup)
+
+
+@torch._disable_dynamo
+def _vmap(
+    call: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Any, *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for each element of the batch: the backends have no batch dimension."""
+    flat, spec = pytree.tree_flatten(args)
+    dims = pytree._broadcast_to_and_flatten(in_dims, spec) or []
+
+    def element(i: int) -> tuple[Tensor, ...]:
+        here = [x if d is None else x.select(d, i) for x, d in zip(flat, dims, strict=True)]
+        return call(*pytree.tree_unflatten(here, spec))
+
+    columns = list(zip(*map(element, range(info.batch_size)), strict=True))
+    return tuple(torch.stack(x) for x in columns), (0,) * len(columns)
+
+
+tied_loss.register_vmap(functools.partial(_vmap, tied_loss))
+tied_loss_backward.register_vmap(functools.partial(_vmap, tied_loss_backward))
+
+
+@torch._disable_dynamo
+def _transformed(*args: Any) -> tuple[Tensor, ...]:
+    return TransformedLoss.apply(*args)
+
+
+class TransformedLoss(torch.autograd.Function):
+    """`tied_loss` under torch.func's transforms, which know no custom operator with a gradient of its own."""
+
+    setup_context = staticmethod(_setup)
+    jvp = staticmethod(_no_forward_mode)
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tied_loss(*args)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return _gradients(ctx, upstream, _transformed_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap(evaluate, info, in_dims, *args)
+
+
+@torch._disable_dynamo
+def _transformed_backward(upstream: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    return TransformedBackward.apply(upstream, *args, *saved)
+
+
+class TransformedBackward(torch.autograd.Function):
+    """`tied_loss_backward` under torch.func's transforms. The saved gradients come last: each is an argument."""
+
+    @staticmethod
+    def forward(upstream: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return tied_loss_backward(upstream, list(args[9:]), *args[:9])
+
+    setup_context = staticmethod(_double_setup)
+    backward = staticmethod(_double_backward)
+    jvp = staticmethod(_no_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap(TransformedBackward.apply, info, in_dims, *args)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from . import ops
+from . import ops, transforms  # noqa: F401 - transforms registers the operators' vmap rules
 from .arguments import Call, Number, Settings, check_call, check_settings
 from .plan import Plan
 from .problem import Options, Problem

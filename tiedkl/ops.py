@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -213,7 +212,7 @@ def _(upstream, saved, h, w, target, b, t, token_weight, floats, ints, impl):  #
     return tuple(h.new_empty(x.shape if x is not None and needs & bit else 0) for x, bit in inputs)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, w, target, b, t, token_weight, _, floats, ints, impl = inputs
     c = Scalars.unpack(floats, ints)
     ctx.mark_non_differentiable(*output[1:])
@@ -226,10 +225,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return _gradients(ctx, upstream, tied_loss_backward)
+    return gradients(ctx, upstream, tied_loss_backward)
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
+def gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
     nothing = (None,) * 5
     if upstream is None:
         return (None,) * 5 + nothing
@@ -244,7 +243,7 @@ def _gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tup
     b, t, token_weight = (rest.pop(0) if has else None for has in ctx.has)
     saved = rest
     if saved and _may_overwrite(saved):
-        grads = [d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved]
+        grads = tuple(d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved)
     else:
         grads = backward_op(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
     d_h, d_w, d_b, d_t = (d if ctx.needs & bit else None for d, bit in zip(grads, NEED_BITS, strict=True))
@@ -261,10 +260,10 @@ def _may_overwrite(saved: list[Tensor]) -> bool:
     return keep_graph is not None and not keep_graph()
 
 
-tied_loss.register_autograd(_backward, setup_context=_setup)
+tied_loss.register_autograd(_backward, setup_context=setup)
 
 
-def _no_forward_mode(ctx: Any, *tangents: Any) -> None:
+def no_forward_mode(ctx: Any, *tangents: Any) -> None:
     raise RuntimeError("FusedTiedLoss has no forward-mode derivative (torch.func.jvp, jacfwd): use reverse mode")
 
 
@@ -274,11 +273,11 @@ class TiedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         output = _tied_loss(*args)
-        _setup(ctx, args, output)  # a setup_context would have every call's signature inspected
+        setup(ctx, args, output)  # a setup_context would have every call's signature inspected
         return output
 
     backward = staticmethod(_backward)
-    jvp = staticmethod(_no_forward_mode)
+    jvp = staticmethod(no_forward_mode)
 
 
 def requires_grad(x: Tensor | None) -> bool:
@@ -295,7 +294,9 @@ def evaluate(*args: Any) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():
         if torch.compiler.is_compiling():  # without fullgraph, torch.compile then leaves the function to eager
             raise RuntimeError("torch.compile cannot trace FusedTiedLoss under torch.func: do not set fullgraph=True")
-        return _transformed(*args)
+        from .transforms import transformed
+
+        return transformed(*args)
     if torch.compiler.is_compiling():
         return tied_loss(*args)
     watched = torch._C._len_torch_dispatch_stack() or any(
@@ -304,79 +305,14 @@ def evaluate(*args: Any) -> tuple[Tensor, ...]:
     return tied_loss(*args) if watched else TiedLoss.apply(*args)
 
 
-def _double_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def double_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
-def _double_backward(ctx: Any, *grads: Any) -> None:
+def double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "FusedTiedLoss has no second derivative: its backward cannot be differentiated (create_graph=True)"
     )
 
 
-tied_loss_backward.register_autograd(_double_backward, setup_context=_double_setup)
-
-
-@torch._disable_dynamo
-def _vmap(
-    call: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Any, *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """One call for each element of the batch: the backends have no batch dimension."""
-    flat, spec = pytree.tree_flatten(args)
-    dims = pytree._broadcast_to_and_flatten(in_dims, spec) or []
-
-    def element(i: int) -> tuple[Tensor, ...]:
-        here = [x if d is None else x.select(d, i) for x, d in zip(flat, dims, strict=True)]
-        return call(*pytree.tree_unflatten(here, spec))
-
-    columns = list(zip(*map(element, range(info.batch_size)), strict=True))
-    return tuple(torch.stack(x) for x in columns), (0,) * len(columns)
-
-
-tied_loss.register_vmap(functools.partial(_vmap, tied_loss))
-tied_loss_backward.register_vmap(functools.partial(_vmap, tied_loss_backward))
-
-
-@torch._disable_dynamo
-def _transformed(*args: Any) -> tuple[Tensor, ...]:
-    return TransformedLoss.apply(*args)
-
-
-class TransformedLoss(torch.autograd.Function):
-    """`tied_loss` under torch.func's transforms, which know no custom operator with a gradient of its own."""
-
-    setup_context = staticmethod(_setup)
-    jvp = staticmethod(_no_forward_mode)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tied_loss(*args)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        return _gradients(ctx, upstream, _transformed_backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap(evaluate, info, in_dims, *args)
-
-
-@torch._disable_dynamo
-def _transformed_backward(upstream: Tensor, saved: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
-    return TransformedBackward.apply(upstream, *args, *saved)
-
-
-class TransformedBackward(torch.autograd.Function):
-    """`tied_loss_backward` under torch.func's transforms. The saved gradients come last: each is an argument."""
-
-    @staticmethod
-    def forward(upstream: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return tied_loss_backward(upstream, list(args[9:]), *args[:9])
-
-    setup_context = staticmethod(_double_setup)
-    backward = staticmethod(_double_backward)
-    jvp = staticmethod(_no_forward_mode)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap(TransformedBackward.apply, info, in_dims, *args)
+tied_loss_backward.register_autograd(double_backward, setup_context=double_setup)

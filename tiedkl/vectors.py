@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def _opened(path: Path, progress: Progress | None) -> Iterator[tuple[IO[bytes], 
                 advice = "" if ":" in what else ", which cannot be read: convert it to UTF-8"
                 raise ValueError(f"{path} is {what}{advice}")
         zipped = start.startswith(b"\x1f\x8b")
-        file: IO[bytes] = stack.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw  # type: ignore[assignment]
+        file = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw)
 
         def tell(row: int) -> None:
             if progress is not None and row % EVERY == 0:

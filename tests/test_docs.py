@@ -234,7 +234,8 @@ def test_pages_that_are_refused(text: str, message: str) -> None:
 
 
 def test_command_lines_of_a_page() -> None:
-    text = "`tiedkl doctor`, `tiedkl`\n\n    tiedkl bench  # all\n\n```sh\n$ tiedkl verify\nls\n```\n```python\ntiedkl x\n```"
+    text = "`tiedkl doctor`, `tiedkl`\n\n    tiedkl bench  # all\n"
+    text += "\n```sh\n$ tiedkl verify\nls\n```\n```python\ntiedkl x\n```"
     assert command_lines(text) == [(1, "tiedkl doctor"), (3, "tiedkl bench  # all"), (6, "tiedkl verify")]
     assert parse("tiedkl bench --rounds 3  # a comment") is None
     assert parse("tiedkl bench --no-such-option") is not None

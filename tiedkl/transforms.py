@@ -26,7 +26,6 @@ from .ops import (
 )
 
 
-@_disable_dynamo
 def _vmap(
     call: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Any, *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -3,11 +3,12 @@
 import logging as _logging
 import os as _os
 
+from .head import TiedHead
 from .loss import FusedTiedLoss, TiedLossOutput, explain, fused_tied_loss
 from .plan import Plan
 
 __version__ = "0.1.0.dev0"
-__all__ = ["FusedTiedLoss", "Plan", "TiedLossOutput", "__version__", "explain", "fused_tied_loss"]
+__all__ = ["FusedTiedLoss", "Plan", "TiedHead", "TiedLossOutput", "__version__", "explain", "fused_tied_loss"]
 
 _logging.getLogger("tiedkl").addHandler(_logging.NullHandler())
 if _os.environ.get("TIEDKL_LOG"):

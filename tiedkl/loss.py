@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from . import ops
+from . import ops, transforms  # noqa: F401 - transforms registers the operators' vmap rules
 from .arguments import Call, Number, Settings, check_call, check_settings
 from .plan import Plan
 from .problem import Options, Problem
@@ -46,12 +46,11 @@ class LossOptions(TypedDict, total=False):
 def _needs(c: Call, o: Options) -> int:
     if not torch.is_grad_enabled():
         return 0
-    through_t = o.target_grad and c.t is not None and c.t.requires_grad
     wanted = (
-        (c.h.requires_grad, ops.NEED_H),
-        (c.w.requires_grad, ops.NEED_W),
-        (c.b is not None and c.b.requires_grad, ops.NEED_B),
-        (through_t, ops.NEED_T),
+        (ops.requires_grad(c.h), ops.NEED_H),
+        (ops.requires_grad(c.w), ops.NEED_W),
+        (ops.requires_grad(c.b), ops.NEED_B),
+        (o.target_grad and ops.requires_grad(c.t), ops.NEED_T),
     )
     return sum(bit for want, bit in wanted if want)
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -211,7 +212,7 @@ def _(upstream, saved, h, w, target, b, t, token_weight, floats, ints, impl):  #
     return tuple(h.new_empty(x.shape if x is not None and needs & bit else 0) for x, bit in inputs)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, w, target, b, t, token_weight, _, floats, ints, impl = inputs
     c = Scalars.unpack(floats, ints)
     ctx.mark_non_differentiable(*output[1:])
@@ -224,16 +225,27 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return gradients(ctx, upstream, tied_loss_backward)
+
+
+def gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
     nothing = (None,) * 5
-    if upstream is None or not ctx.needs:
+    if upstream is None:
+        return (None,) * 5 + nothing
+    if any(ctx.needs_input_grad[i] and not ctx.needs & bit for i, bit in ((0, NEED_H), (1, NEED_W), (3, NEED_B))):
+        raise RuntimeError(
+            "FusedTiedLoss was traced where no gradient was wanted, such as torch.export under torch.no_grad, and has "
+            "none now: trace it with gradients enabled"
+        )
+    if not ctx.needs:
         return (None,) * 5 + nothing
     h, w, target, *rest = ctx.saved_tensors
     b, t, token_weight = (rest.pop(0) if has else None for has in ctx.has)
     saved = rest
     if saved and _may_overwrite(saved):
-        grads = [d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved]
+        grads = tuple(d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved)
     else:
-        grads = tied_loss_backward(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
+        grads = backward_op(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
     d_h, d_w, d_b, d_t = (d if ctx.needs & bit else None for d, bit in zip(grads, NEED_BITS, strict=True))
     return (d_h, d_w, None, d_b, d_t, *nothing)
 
@@ -242,11 +254,17 @@ def _may_overwrite(saved: list[Tensor]) -> bool:
     """Whether the graph is freed after this backward: saved gradients may be scaled in place, which saves one V x D."""
     if torch.is_grad_enabled() or any(type(d) is not Tensor for d in saved):  # a subclass: somebody is tracing
         return False
+    if torch._C._are_functorch_transforms_active():  # the upstream gradient may be a batch of them
+        return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is not None and not keep_graph()
 
 
-tied_loss.register_autograd(_backward, setup_context=_setup)
+tied_loss.register_autograd(_backward, setup_context=setup)
+
+
+def no_forward_mode(ctx: Any, *tangents: Any) -> None:
+    raise RuntimeError("FusedTiedLoss has no forward-mode derivative (torch.func.jvp, jacfwd): use reverse mode")
 
 
 class TiedLoss(torch.autograd.Function):
@@ -255,30 +273,46 @@ class TiedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         output = _tied_loss(*args)
-        _setup(ctx, args, output)  # a setup_context would have every call's signature inspected
+        setup(ctx, args, output)  # a setup_context would have every call's signature inspected
         return output
 
     backward = staticmethod(_backward)
+    jvp = staticmethod(no_forward_mode)
+
+
+def requires_grad(x: Tensor | None) -> bool:
+    """Whether `x` requires a gradient, be it of an outer transform of torch.func: a batched tensor itself says no."""
+    while x is not None and not x.requires_grad:
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return x is not None
 
 
 def evaluate(*args: Any) -> tuple[Tensor, ...]:
     """`tied_loss`; called directly where nobody is tracing, compiling or wrapping tensors."""
-    watched = (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in args)
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # without fullgraph, torch.compile then leaves the function to eager
+            raise RuntimeError("torch.compile cannot trace FusedTiedLoss under torch.func: do not set fullgraph=True")
+        from .transforms import transformed
+
+        return transformed(*args)
+    if torch.compiler.is_compiling():
+        return tied_loss(*args)
+    watched = torch._C._len_torch_dispatch_stack() or any(
+        isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in args
     )
     return tied_loss(*args) if watched else TiedLoss.apply(*args)
 
 
-def _double_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def double_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
-def _double_backward(ctx: Any, *grads: Any) -> None:
+def double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "FusedTiedLoss has no second derivative: its backward cannot be differentiated (create_graph=True)"
     )
 
 
-tied_loss_backward.register_autograd(_double_backward, setup_context=_double_setup)
+tied_loss_backward.register_autograd(double_backward, setup_context=double_setup)

@@ -129,10 +129,10 @@ def splits(case: testing.Case) -> bool:
     return bool(case.shape) and not (case.shift and len(case.shape) == 1)
 
 
-def judged(dtype: str, rounds: int) -> None:
+def judged(dtype: str, seed: int) -> None:
     """The judge of every other backend; on rank 0, which has what all ranks have."""
     judgements = []
-    for case in testing.cases(rounds * len(testing.KINDS), seed=3, dtypes=(dtype,)):
+    for case in testing.cases(len(testing.KINDS), seed=seed, dtypes=(dtype,)):
         x = testing.make_inputs(case)
         found: dict[str, oracle.Values] = {}
         for name in ("vocabulary", "sequence") if splits(case) else ("vocabulary",):
@@ -156,21 +156,22 @@ def judged(dtype: str, rounds: int) -> None:
 
 
 def check_the_judge_in_float32(rank: int, world: int) -> None:
-    judged("float32", 2 if world == 2 else 1)
+    judged("float32", world)
 
 
 def check_the_judge_in_float64(rank: int, world: int) -> None:
-    judged("float64", 1)
+    if world == 2:
+        judged("float64", 3)
 
 
 def check_the_judge_in_bfloat16(rank: int, world: int) -> None:
     if world == 2:
-        judged("bfloat16", 1)
+        judged("bfloat16", 3)
 
 
 def check_the_judge_in_float16(rank: int, world: int) -> None:
     if world == 2:
-        judged("float16", 1)
+        judged("float16", 3)
 
 
 def example(n: int, v: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
@@ -187,7 +188,7 @@ def example(n: int, v: int, d: int, dtype: torch.dtype = torch.float64, seed: in
 def check_float64_agrees_with_the_specification(rank: int, world: int) -> None:
     x = example(37, 53, 7)
     for i, options in enumerate(OPTIONS):
-        for extras in (False, True):
+        for extras in (False, True) if world == 2 else (i % 2 == 0,):
             got, want = [], []
             for fn, into in ((sharded, got), (tiedkl.fused_tied_loss, want)):
                 leaves = {k: v.clone().requires_grad_() for k, v in x.items() if k != "y"}
@@ -223,7 +224,7 @@ def everything(x: dict[str, Tensor], seed: str, **options: Any) -> list[Tensor]:
 def check_every_rank_and_run_has_the_same_bits(rank: int, world: int) -> None:
     x = example(61, 131, 19, torch.float32)
     for i, options in enumerate(OPTIONS):
-        for sequence in (False, True):
+        for sequence in (False, True) if world == 2 else (i % 2 == 0,):
             runs = [everything(x, str(i), sequence=sequence, **options) for _ in range(2)]
             assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
             ranks: list[Any] = [None] * world
@@ -421,15 +422,23 @@ def check_ddp(rank: int, world: int) -> None:
 
 
 def check_fsdp2(rank: int, world: int) -> None:
-    model, ids, targets, want = data_parallel(world)
-    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    model(ids[rank], targets[rank], float((targets != -100).sum()) / world).backward()
-    for name, p in model.named_parameters():
-        assert isinstance(p, DTensor)
-        torch.testing.assert_close(p.grad.full_tensor(), want[name], rtol=1e-11, atol=1e-14)
+    mesh = init_device_mesh("cpu", (world,))
+    for layers in (False, True):
+        model, ids, targets, want = data_parallel(world)
+        if layers:
+            fully_shard(model.layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(ids[rank], targets[rank], float((targets != -100).sum()) / world).backward()
+        for name, p in model.named_parameters():
+            assert isinstance(p, DTensor)
+            torch.testing.assert_close(p.grad.full_tensor(), want[name], rtol=1e-11, atol=1e-14)
     model.reshard()
     h = torch.zeros(2, 7, 6, dtype=torch.float64)
     assert "inside the forward" in error(TypeError, lambda: model.loss_fn(h, model.embedding.weight, targets[rank]))
+    model = data_parallel(world)[0]
+    fully_shard(model.embedding, mesh=mesh)  # sharded again before the loss needs it
+    fully_shard(model, mesh=mesh)
+    assert "inside the forward" in error(TypeError, lambda: model(ids[rank], targets[rank]))
 
 
 @contextmanager
@@ -461,7 +470,7 @@ def counted() -> Iterator[list[Collective]]:
 
 def check_traffic_is_what_the_formula_says(rank: int, world: int) -> None:
     n, d = 24, 5
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[: 4 // world]:
         x = example(n, 31, d, dtype)
         rows = slice(*cuts(31, world, "traffic")[rank : rank + 2])
         valid = int((x["y"] != -100).sum())

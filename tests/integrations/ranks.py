@@ -259,7 +259,7 @@ def check_backward_twice_and_never_differentiated(rank: int, world: int) -> None
     rows = cuts(31, world, "twice")[rank : rank + 2]
     for reduction in ("mean", "none"):
         h, w = x["h"].clone().requires_grad_(), x["w"][slice(*rows)].clone().requires_grad_()
-        loss = VocabParallelTiedLoss(reduction=reduction)(h, w, x["y"]).sum()
+        loss = VocabParallelTiedLoss(reduction=reduction, target_grad=True, temperature=2.0)(h, w, x["y"]).sum()
         first = torch.autograd.grad(loss, (h, w), retain_graph=True)
         second = torch.autograd.grad(3 * loss, (h, w))
         for a, b in zip(first, second, strict=True):
@@ -316,6 +316,7 @@ def check_errors_are_everybodys(rank: int, world: int) -> None:
         (TypeError, "input must be a torch.Tensor, got list", lambda: loss()([1.0], w, y)),
         (ValueError, f"rank {world - 1} of the group: shift=9", lambda: loss()(h, w, y, shift=9 if last else 0)),
         (ValueError, f"shift={9 * world} is outside", lambda: seq()(h, w, y, shift=9 * world)),
+        (ValueError, "shift is 1 on rank 0, 2", lambda: seq()(h, w, y, shift=1 + last)),
         (ValueError, "pass targets that are shifted", lambda: seq(reduction="none")(h, w, y, shift=1)),
         (ValueError, "vocabulary is empty", lambda: loss()(h, w[:0], y)),
     ]

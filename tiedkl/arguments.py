@@ -103,6 +103,20 @@ def _tensor(name: str, x: object, device: torch.device) -> Tensor:
     return x
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether x is a `torch.distributed.tensor.DTensor`, without importing that package."""
+    return type(x).__name__ == "DTensor"
+
+
+def _no_dtensor(name: str, x: object) -> None:
+    if is_dtensor(x):
+        raise TypeError(
+            f"{name} is a DTensor with placements {getattr(x, 'placements', ())}. Tensor parallelism: use "
+            "tiedkl.distributed.VocabParallelTiedLoss. FSDP: compute the loss inside the forward of the module that "
+            "fully_shard wraps, where the weight is whole. See docs/distributed.md"
+        )
+
+
 class Call(NamedTuple):
     """The tensors of one call, checked and flattened, in the order of the op's arguments."""
 
@@ -126,8 +140,16 @@ def check_call(
     token_weight: Tensor | None,
     num_items: Number | Tensor | None,
     shift: int,
+    *,
+    empty: bool = False,
 ) -> Call:
-    """Check, autocast, shift and flatten the tensors. TypeError for dtypes, ValueError for shapes and devices."""
+    """Check, autocast, shift and flatten the tensors. TypeError for dtypes, ValueError for shapes and devices.
+
+    `empty` allows a `weight` without rows, as the shard of a vocabulary may be.
+    """
+    for name, x in (("input", input), ("weight", weight), ("target", target), ("bias", bias)):
+        _no_dtensor(name, x)
+    _no_dtensor("target_weight", target_weight)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
     device = input.device
@@ -155,7 +177,7 @@ def check_call(
         raise ValueError("input must have at least one dimension (..., D), got a scalar")
     if weight.dim() != 2:
         raise ValueError(f"weight must be (V, D), got shape {tuple(weight.shape)}")
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not empty:
         raise ValueError("weight.shape[0]=0: the vocabulary is empty")
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input.shape[-1]={input.shape[-1]} does not match weight.shape[1]={weight.shape[1]}")
@@ -182,7 +204,7 @@ def check_call(
                 "token_weight requires a gradient, but it is treated as a constant: pass token_weight.detach()"
             )
     count = _num_items(num_items, ops.REDUCTIONS[settings.scalars.reduction], device)
-    target, token_weight = _shift(target, token_weight, shift, settings.scalars.ignore_index)
+    target, token_weight = shift_targets(target, token_weight, shift, settings.scalars.ignore_index)
     return Call(
         h=input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input,
         w=weight,
@@ -209,7 +231,9 @@ def _num_items(num_items: Number | Tensor | None, reduction: str, device: torch.
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def _shift(target: Tensor, token_weight: Tensor | None, shift: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def shift_targets(
+    target: Tensor, token_weight: Tensor | None, shift: int, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
     """Targets `shift` places ahead, the last ones ignored: the input itself is not copied."""
     if isinstance(shift, bool) or not isinstance(shift, int):
         raise TypeError(f"shift must be an int, got {type(shift).__name__}")

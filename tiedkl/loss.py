@@ -43,7 +43,7 @@ class LossOptions(TypedDict, total=False):
     return_terms: bool
 
 
-def _needs(c: Call, o: Options) -> int:
+def needs(c: Call, o: Options) -> int:
     if not torch.is_grad_enabled():
         return 0
     wanted = (
@@ -56,18 +56,26 @@ def _needs(c: Call, o: Options) -> int:
 
 
 def _evaluate(settings: Settings, call: Call, shift: int) -> Tensor | TiedLossOutput:
-    scalars = settings.scalars._replace(needs=_needs(call, settings.scalars.options))
+    scalars = settings.scalars._replace(needs=needs(call, settings.scalars.options))
     loss, terms, scale, *_ = ops.evaluate(*call[:-1], *scalars.pack(), settings.impl)
+    return output(settings, call.shape, shift, loss, terms, scale)
+
+
+def output(
+    settings: Settings, shape: torch.Size, shift: int, loss: Tensor, terms: Tensor, scale: Tensor
+) -> Tensor | TiedLossOutput:
+    """What the user gets, from `loss` () or (N,), `terms` (5, N) and `scale` (N,); `shape` is that of the targets."""
 
     def unflatten(x: Tensor) -> Tensor:
-        x = x.reshape(call.shape)
+        x = x.reshape(shape)
         return x[..., :-shift] if shift else x
 
-    if scalars.reduction == ops.NONE:
+    reduction = settings.scalars.reduction
+    if reduction == ops.NONE:
         loss = unflatten(loss)
     if not settings.return_terms:
         return loss
-    if scalars.reduction == ops.NONE:
+    if reduction == ops.NONE:
         reduced = [unflatten(x) for x in (terms * scale).unbind(0)]
     else:
         reduced = list((terms.double() @ scale.double()).to(terms.dtype).unbind(0))
@@ -219,5 +227,5 @@ def explain(
     c = check_call(settings, input, weight, target, bias, target_weight, token_weight, num_items, shift)
     o = settings.scalars.options
     problem = Problem(c.h, c.w, c.target, c.b, c.t, o)
-    plan = ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(_needs(c, o)))
+    plan = ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(needs(c, o)))
     return replace(plan, skipped=dict(plan.skipped))  # plans are cached: the caller gets a dictionary of their own

@@ -120,7 +120,7 @@ def environment_flag(name: str) -> bool:
     return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
 
 
-def _token_scale(
+def token_scale(
     y: Tensor, all_valid: bool, weight: Tensor | None, num_items: Tensor | None, reduction: int, acc: torch.dtype
 ) -> Tensor:
     """What each token's loss is multiplied with, (N,): its weight, divided by the normaliser for "mean"."""
@@ -152,7 +152,7 @@ def _tied_loss(
     c = Scalars.unpack(floats, ints)
     y, all_valid = _targets(target, w.shape[0], c.ignore_index)
     p = Problem(h, w, y, b, t, c.options)
-    scale = _token_scale(y, all_valid, token_weight, num_items, c.reduction, p.acc)
+    scale = token_scale(y, all_valid, token_weight, num_items, c.reduction, p.acc)
     terms, grads = _run(p, scale if c.needs and c.reduction != NONE else None, c, impl)
     per_token = torch.add(terms.ce, terms.kl, alpha=c.options.alpha) if c.options.alpha else terms.ce
     if p.y.device.type != "cpu":
@@ -200,7 +200,7 @@ def tied_loss_backward(
     c = Scalars.unpack(floats, ints)
     y, all_valid = _targets(target, w.shape[0], c.ignore_index)
     p = Problem(h, w, y, b, t, c.options)
-    g = upstream.to(p.acc) * _token_scale(y, all_valid, token_weight, None, NONE, p.acc)
+    g = upstream.to(p.acc) * token_scale(y, all_valid, token_weight, None, NONE, p.acc)
     grads = _run(p, g, c, impl)[1]
     return tuple(h.new_empty(0) if d is None else d.to(h.dtype) for d in grads)  # type: ignore[return-value]
 
@@ -242,7 +242,7 @@ def gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tupl
     h, w, target, *rest = ctx.saved_tensors
     b, t, token_weight = (rest.pop(0) if has else None for has in ctx.has)
     saved = rest
-    if saved and _may_overwrite(saved):
+    if saved and may_overwrite(saved):
         grads = tuple(d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved)
     else:
         grads = backward_op(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
@@ -250,7 +250,7 @@ def gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tupl
     return (d_h, d_w, None, d_b, d_t, *nothing)
 
 
-def _may_overwrite(saved: list[Tensor]) -> bool:
+def may_overwrite(saved: list[Tensor]) -> bool:
     """Whether the graph is freed after this backward: saved gradients may be scaled in place, which saves one V x D."""
     if torch.is_grad_enabled() or any(type(d) is not Tensor for d in saved):  # a subclass: somebody is tracing
         return False

@@ -45,16 +45,16 @@ def tuning(dtype: torch.dtype) -> Tuning:
 
 def forward(problem: Problem, plan: Plan) -> Terms:
     """Per-token terms in 1 + rho GEMMs (2 + 2 rho in vocabulary blocks)."""
-    return _Walk(problem, plan, None, Needs()).run()[0]
+    return Walk(problem, plan).run(None, Needs())[0]
 
 
 def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Terms, Grads]:
     """Per-token terms and gradients in one walk."""
-    return _Walk(problem, plan, g, needs).run()
+    return Walk(problem, plan).run(g, needs)
 
 
 @dataclass
-class _Block:
+class Block:
     """Tokens of one block, adjacent when they share a target, and what their rows need."""
 
     tokens: Tensor  # (C,) positions in the problem
@@ -68,30 +68,19 @@ class _Block:
     self_s: Tensor | None  # (Cw,) wide: similarities of the targets to themselves
 
 
-def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[_Block]:
+def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[Block]:
     """Valid tokens grouped by target, cut at C tokens or Cw distinct targets.
 
     Groups come in an order unrelated to frequency, so that every block holds about the same number of distinct targets.
     """
     device, acc = problem.h.device, problem.acc
-    y = problem.y.cpu()
-    order = torch.argsort(y * GOLDEN, stable=True)
-    order = order[y[order] >= 0]
-    y = y[order]
-    new = torch.ones_like(y)
-    new[1:] = y[1:] != y[:-1]
-    rank = (new.cumsum(0) - 1).tolist()  # index of each token's target among the distinct ones
-    first = 0
-    while first < len(rank):
-        last = min(first + plan.token_block, len(rank))
-        while rank[last - 1] - rank[first] >= plan.target_block:
-            last -= 1
-        part = slice(first, last)
+    order, y, rank = group_by_target(problem.y.cpu())
+    for part in cut(rank.tolist(), plan):
         ids, which = torch.unique_consecutive(y[part], return_inverse=True)
         tokens, targets = order[part].to(device), ids.to(device)
         here = y[part].to(device)
         h, u = problem.h[tokens].to(acc), problem.teacher[targets].to(acc)
-        yield _Block(
+        yield Block(
             tokens=tokens,
             targets=targets,
             which=which.to(device),
@@ -99,39 +88,66 @@ def blocks(problem: Problem, plan: Plan, g: Tensor | None) -> Iterator[_Block]:
             h=h,
             u=u,
             g=None if g is None else g[tokens, None],
-            zy=_target_logits(problem, h, here) if problem.options.alpha else None,
-            self_s=_wide_dot(u, targets, problem.teacher) if problem.options.alpha else None,
+            zy=target_logits(problem, h, here) if problem.options.alpha else None,
+            self_s=wide_dot(u, targets, problem.teacher) if problem.options.alpha else None,
         )
+
+
+def group_by_target(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Valid tokens, equal targets adjacent: their positions, targets, and each target's index among the distinct ones.
+
+    All on the host, each (valid,); y (N,) is negative for tokens that are skipped.
+    """
+    order = torch.argsort(y * GOLDEN, stable=True)
+    order = order[y[order] >= 0]
+    y = y[order]
+    new = torch.ones_like(y)
+    new[1:] = y[1:] != y[:-1]
+    return order, y, new.cumsum(0) - 1
+
+
+def cut(rank: list[int], plan: Plan) -> Iterator[slice]:
+    """Blocks of at most C tokens and Cw distinct targets; `rank` as `group_by_target` gives it."""
+    first = 0
+    while first < len(rank):
+        last = min(first + plan.token_block, len(rank))
+        while rank[last - 1] - rank[first] >= plan.target_block:
+            last -= 1
+        yield slice(first, last)
         first = last
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
 
 
-def _wide_dot(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+def wide_dot(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """x_i . w[ids_i], (C,) wide, in pieces of about a megabyte; x (C, D), w (V, D)."""
-    wide, rows = _wide(x.device), 1 + (1 << 16) // (1 + x.shape[1])
+    wide, rows = wide_dtype(x.device), 1 + (1 << 16) // (1 + x.shape[1])
     pairs = zip(x.split(rows), ids.split(rows), strict=True)
     return torch.cat([torch.linalg.vecdot(a.to(wide), w[i].to(wide)) for a, i in pairs])
 
 
-def _target_logits(p: Problem, h: Tensor, y: Tensor) -> Tensor:
+def target_logits(p: Problem, h: Tensor, y: Tensor) -> Tensor:
     """Logits at the targets, (C,) wide.
 
     KL depends on their small difference from the targets' similarities to themselves where the prediction is good: from
     two products in the accumulation dtype it would be off by the roundings of both.
     """
-    z = _wide_dot(h, y, p.w)
+    z = wide_dot(h, y, p.w)
     if p.b is not None:
         z = z + p.b[y]
     c = p.options.softcap
     return c * torch.tanh(z / c) if c else z
 
 
-class _Walk:
-    def __init__(self, p: Problem, plan: Plan, g: Tensor | None, needs: Needs):
-        self.p, self.plan, self.g, self.needs, self.o = p, plan, g, needs, p.options
+class Walk:
+    def __init__(self, p: Problem, plan: Plan):
+        self.p, self.plan, self.o = p, plan, p.options
+
+    def start(self, g: Tensor | None, needs: Needs) -> None:
+        """Make room for the results."""
+        p, self.g = self.p, g
         self.target_grad = g is not None and bool(p.options.alpha) and p.options.target_grad
         self.target_grad &= needs.w if p.t is None else needs.t
         self.terms = p.h.new_zeros(5, p.h.shape[0], dtype=p.acc)
@@ -140,12 +156,13 @@ class _Walk:
             k: x.new_zeros(x.shape, dtype=p.acc) for k, x in shapes.items() if x is not None and getattr(needs, k)
         }
 
-    def run(self) -> tuple[Terms, Grads]:
+    def run(self, g: Tensor | None, needs: Needs) -> tuple[Terms, Grads]:
+        self.start(g, needs)
         for block in blocks(self.p, self.plan, self.g):
             self.block(block)
         return Terms(*self.terms.unbind(0)), Grads(*(self.d.get(k) for k in "hwbt"))
 
-    def tiles(self, block: _Block) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def tiles(self, block: Block) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Columns, logits (C, B) and distinct similarity rows (Cw, B), one vocabulary block after another."""
         p, o = self.p, self.o
         for v in range(0, p.w.shape[0], self.plan.vocab_block):
@@ -158,10 +175,10 @@ class _Walk:
             s = block.u @ p.teacher[columns].to(p.acc).T if o.alpha else None
             yield columns, z, s
 
-    def block(self, block: _Block) -> None:
+    def block(self, block: Block) -> None:
         p, o = self.p, self.o
         tiles = list(self.tiles(block)) if self.plan.vocab_block >= p.w.shape[0] else None
-        rows = _Rows(block, p)
+        rows = Rows(block, p, p.w.shape[0])
         for columns, z, s in tiles or self.tiles(block):
             rows.add(columns, z, s)
         rows.finish()
@@ -179,7 +196,7 @@ class _Walk:
         terms = (rows.ce, rows.kl, rows.l1, rows.entropy, rows.correct)
         self.terms[:, block.tokens] = torch.stack([x.to(p.acc) for x in terms])
 
-    def gradients(self, block: _Block, rows: _Rows, columns: slice, z: Tensor, s: Tensor | None) -> None:
+    def gradients(self, block: Block, rows: Rows, columns: slice, z: Tensor, s: Tensor | None) -> None:
         """Add one vocabulary block's share of every gradient; z is overwritten."""
         p, o, d = self.p, self.o, self.d
         assert block.g is not None
@@ -202,7 +219,7 @@ class _Walk:
         if "b" in d:
             d["b"][columns] += grad.sum(0)
 
-    def target_gradients(self, block: _Block, rows: _Rows, columns: slice, q: Tensor, delta: Tensor) -> None:
+    def target_gradients(self, block: Block, rows: Rows, columns: slice, q: Tensor, delta: Tensor) -> None:
         """d KL / d s per distinct target, through s = t[u] t^T / tau."""
         p, o = self.p, self.o
         assert block.g is not None
@@ -212,14 +229,27 @@ class _Walk:
         per_target = q.new_zeros(len(block.targets), q.shape[1]).index_add_(0, block.which, per_token)
         d_t = self.d["w" if p.t is None else "t"]
         d_t[columns].addmm_(per_target.T, block.u)
-        d_t.index_add_(0, block.targets, per_target @ p.teacher[columns].to(p.acc))
+        self.target_rows(block, per_target @ p.teacher[columns].to(p.acc))
+
+    def target_rows(self, block: Block, rows: Tensor) -> None:
+        """Add `rows` (Cw, D') to the gradient of the targets' own rows."""
+        self.d["w" if self.p.t is None else "t"].index_add_(0, block.targets, rows)
 
 
-def _inside(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which of `ids` lie in `columns`, and their places there."""
-    local = ids - columns.start
-    rows = ((local >= 0) & (local < columns.stop - columns.start)).nonzero()[:, 0]
-    return rows, local[rows]
+def _inside(ids: Tensor, columns: slice, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the block of columns x has column ids_i, and which of x that is, or any; each (C, 1).
+
+    `gather` and `scatter_` at such places do without the count of them, for which the host would wait for a GPU.
+    """
+    local = (ids - columns.start)[:, None]
+    return (local >= 0) & (local < x.shape[1]), local.clamp(0, x.shape[1] - 1)
+
+
+def _put(x: Tensor, ids: Tensor, columns: slice, values: Tensor | float) -> None:
+    """x[i, ids_i] = values_i wherever the block of columns x has column ids_i; values (C,) or one number."""
+    inside, place = _inside(ids, columns, x)
+    values = values[:, None].to(x.dtype) if isinstance(values, Tensor) else values
+    x.scatter_(1, place, torch.where(inside, values, x.gather(1, place)))
 
 
 def _expm1_excess(x: Tensor) -> Tensor:
@@ -236,40 +266,57 @@ def _series(x: Tensor) -> Tensor:
     return (x / 120).add_(1 / 24).mul_(x).add_(1 / 6).mul_(x).add_(1 / 2).mul_(x).mul_(x)
 
 
-class _Rows:
-    """Statistics of a block's rows over all columns but the target's, merged over vocabulary blocks; each (C,)."""
+class Sums:
+    """What rows add up to over the columns seen so far, all but the target's.
 
-    def __init__(self, block: _Block, p: Problem):
-        self.block, self.p, self.o = block, p, p.options
+    Each (C,) for tokens, or (Cw,) for similarities of the distinct targets: `ms` and `sum_s`.
+    """
+
+    def __init__(self, p: Problem, tokens: int, targets: int, dtype: torch.dtype):
+        self.o = p.options
         lowest = torch.finfo(p.acc).min
-        self.m = block.h.new_full((len(block.tokens),), lowest)
+        self.m = p.h.new_full((tokens,), lowest, dtype=dtype)
         self.sum, self.sum_t, self.weighted, self.total, self.zy, self.kl, self.z_peak, self.mean_delta = (
-            self.m.new_zeros(8, len(self.m)).unbind(0)
+            self.m.new_zeros(8, tokens).unbind(0)
         )  # mean_delta: of `delta` itself, for the target gradient to sum to zero
-        self.ms = block.h.new_full((len(block.targets),), lowest)
+        self.ms = self.m.new_full((targets,), lowest)
         self.sum_s = torch.zeros_like(self.ms)
+
+    def rebase(self, m: Tensor, ms: Tensor | None) -> None:
+        """State the sums relative to other maxima: m (C,) of the logits, ms (Cw,) of the similarities."""
+        tau, shift = self.o.temperature, self.m - m
+        scale = shift.exp()
+        self.weighted = torch.where(scale > 0, scale * (self.weighted + shift * self.sum), 0.0)
+        self.sum *= scale
+        self.sum_t *= torch.exp(shift / tau)
+        self.m = m
+        if ms is not None:
+            self.sum_s = self.sum_s * torch.exp((self.ms - ms) / tau)
+            self.ms = ms
+
+
+class Rows(Sums):
+    """Statistics of a block's rows, merged over vocabulary blocks. `vocab` is V, of which p may hold a part."""
+
+    def __init__(self, block: Block, p: Problem, vocab: int):
+        super().__init__(p, len(block.tokens), len(block.targets), p.acc)
+        self.p, self.block, self.vocab = p, block, vocab
 
     def add(self, columns: slice, z: Tensor, s: Tensor | None) -> None:
         """Merge one vocabulary block; z is unchanged on return."""
         o = self.o
-        rows, place = _inside(self.block.y, columns)
+        inside, place = _inside(self.block.y, columns, z)
         if o.label_smoothing:
             self.total += z.sum(-1)
         if s is not None:
             ms, peak = s.max(-1)
             higher, which = ms > self.ms, self.block.which
             self.z_peak = torch.where(higher[which], z.gather(-1, peak[which, None])[:, 0], self.z_peak)
-        zy = z[rows, place]
-        self.zy[rows] = zy
-        z[rows, place] = torch.finfo(z.dtype).min
-        m = torch.maximum(self.m, z.amax(-1))
-        shift = self.m - m
-        scale = shift.exp()
-        self.weighted = torch.where(scale > 0, scale * (self.weighted + shift * self.sum), 0.0)
-        self.sum *= scale
-        self.sum_t *= torch.exp(shift / o.temperature)
-        self.m = m
-        d = z - m[:, None]
+        zy = z.gather(1, place)
+        self.zy = torch.where(inside, zy, self.zy[:, None])[:, 0]
+        z.scatter_(1, place, torch.where(inside, torch.finfo(z.dtype).min, zy))
+        self.rebase(torch.maximum(self.m, z.amax(-1)), None if s is None else torch.maximum(self.ms, ms))
+        d = z - self.m[:, None]
         if self.p.b is not None:
             d.clamp_(min=torch.finfo(z.dtype).min / 4)  # a logit of -inf weighs nothing
         e = d.exp()
@@ -277,16 +324,14 @@ class _Rows:
         self.weighted += torch.linalg.vecdot(e, d)
         if s is not None:
             self.sum_t += d.div_(o.temperature).exp_().sum(-1)
-            ms = torch.maximum(self.ms, ms)
-            e = (s - ms[:, None]).div_(o.temperature).exp_()
-            e[_inside(self.block.targets, columns)] = 0  # added in `finish`
-            self.sum_s = self.sum_s * torch.exp((self.ms - ms) / o.temperature) + e.sum(-1)
-            self.ms = ms
-        z[rows, place] = zy
+            e = (s - self.ms[:, None]).div_(o.temperature).exp_()
+            _put(e, self.block.targets, columns, 0.0)  # added in `finish`
+            self.sum_s += e.sum(-1)
+        z.scatter_(1, place, zy)
 
     def finish(self) -> None:
         """Close the sums: CE, entropy, log-sum-exps. Mirrors finish_token in csrc/row_math.h."""
-        o, v, wide = self.o, self.p.w.shape[0], _wide(self.m.device)
+        o, v, wide = self.o, self.vocab, wide_dtype(self.m.device)
         self.correct = (self.zy >= self.m).to(self.m.dtype)
         self.top = torch.maximum(self.m, self.zy)
         m, zy, total, top = (x.to(wide) for x in (self.m, self.zy, self.sum, self.top))
@@ -330,8 +375,7 @@ class _Rows:
     def target(self, s: Tensor, columns: slice) -> Tensor:
         """Target distribution q of every token, (C, B); computed once per distinct target."""
         q = (s - self.ms[:, None]).div_(self.o.temperature).exp_().div_(self.sum_s[:, None])
-        rows, place = _inside(self.block.targets, columns)
-        q[rows, place] = self.q_self[rows]
+        _put(q, self.block.targets, columns, self.q_self)
         return q[self.block.which]
 
     def log_ratio(self, z: Tensor, s: Tensor) -> Tensor:
@@ -344,26 +388,26 @@ class _Rows:
     def delta(self, z: Tensor, s: Tensor, columns: slice) -> Tensor:
         """log q - log r of one vocabulary block, (C, B), less its value at q's peak, as in tiedkl/reference.py."""
         at_peak = ((self.z_peak - self.ms[self.block.which])[:, None] - self.tops) / self.o.temperature + self.logs
-        delta, (rows, place) = self.log_ratio(z, s).neg_().add_(at_peak), _inside(self.block.y, columns)
-        delta[rows, place] = (at_peak[:, 0] - self.x_y).to(delta.dtype)[rows]
+        delta = self.log_ratio(z, s).neg_().add_(at_peak)
+        _put(delta, self.block.y, columns, at_peak[:, 0] - self.x_y)
         return delta
 
     def divergence(self, z: Tensor, s: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """The block's share of KL (C,), and r - q (C, B), of no meaning at the target."""
-        x, (rows, place) = self.log_ratio(z, s), _inside(self.block.y, columns)
+        x = self.log_ratio(z, s)
         if x.device.type != "cpu" or not bool(x.abs().amax() < DELTA_DIRECT if x.numel() else True):
             tau = self.o.temperature
             div = divergence(s[self.block.which] / tau, z / tau, self.sums, self.sums_t)
             r_minus_q, x = div.r_minus_q, -div.delta
             excess = torch.where(x.abs() < SMALL[x.dtype], div.q * _series(x), div.excess)
-            excess[rows, place] = self.excess_y[rows]
+            _put(excess, self.block.y, columns, self.excess_y)
             kl = excess.sum(-1)
         else:
             # The same formula where no log ratio is large, in fewer passes.
             q, e = self.target(s, columns), _expm1_excess(x)
-            e[rows, place] = 0
-            kl = torch.linalg.vecdot(q, e)
-            kl[rows] += self.excess_y[rows]
+            inside, place = _inside(self.block.y, columns, x)
+            e.scatter_(1, place, torch.where(inside, 0.0, e.gather(1, place)))
+            kl = torch.linalg.vecdot(q, e) + torch.where(inside[:, 0], self.excess_y, 0.0)
             r_minus_q = q.mul_(x.add_(e))
         return kl, r_minus_q
 
@@ -378,7 +422,6 @@ class _Rows:
         e = z.sub_(self.top[:, None]).exp_()
         grad = torch.addcmul(e * low if share is None else share.addcmul_(e, low), e, high)
         if self.o.label_smoothing:
-            grad -= g * (self.o.label_smoothing / self.p.w.shape[0])
-        rows, place = _inside(self.block.y, columns)
-        grad[rows, place] = (g[:, 0] * self.grad_y).to(grad.dtype)[rows]
+            grad -= g * (self.o.label_smoothing / self.vocab)
+        _put(grad, self.block.y, columns, g[:, 0] * self.grad_y)
         return grad

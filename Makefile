@@ -81,7 +81,7 @@ test: $(VENV)/.test-stamp
 	$(BIN)/pytest $(TEST_ARGS)
 
 test-old-transformers: $(VENV)/.old-transformers-stamp
-	PYTHONPATH="$(abspath $(VENV))/old-transformers" $(BIN)/pytest tests/integrations/test_transformers.py $(TEST_ARGS)
+	PYTHONPATH="$(abspath $(VENV))/old-transformers" $(BIN)/pytest tests/integrations/test_transformers.py tests/integrations/test_trainer.py $(TEST_ARGS)
 
 lint: $(VENV)/.lint-stamp
 	$(BIN)/ruff check

@@ -59,7 +59,7 @@ def trials(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 def test_search_improves_on_bad_defaults_and_its_result_is_used(
     toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(toy(check=2)) == 0
+    assert main(toy(check=2, epochs=6)) == 0
     out, err = capsys.readouterr()
     found = json.loads((tmp_path / "out" / "best.json").read_text())
     first = found["trials"][0]
@@ -82,7 +82,7 @@ def test_search_improves_on_bad_defaults_and_its_result_is_used(
     loss = tiedkl.FusedTiedLoss(**load_loss_options(tmp_path / "out" / "best.json"))
     assert loss.settings.scalars.options.alpha == pytest.approx(0.5 * 20)
 
-    again = main(toy(check=2), "--quiet")  # nothing is trained again
+    again = main(toy(check=2, epochs=6), "--quiet")  # nothing is trained again
     assert (again, capsys.readouterr().err) == (0, "")
     assert json.loads((tmp_path / "out" / "best.json").read_text()) == found
 

@@ -122,7 +122,9 @@ def test_json_holds_the_schema(trained: tuple[dict[str, Any], Path]) -> None:
 def test_change_is_against_the_baseline() -> None:
     data = built(baseline=run(110.0, 100.0), al=None, re=run(99.0, 95.0, parameters=600))
     assert data["variants"]["re"]["change"] == {
-        "valid_ppl": pytest.approx(-10.0), "test_ppl": pytest.approx(-5.0, rel=1e-4), "parameters": pytest.approx(-40.0),
+        "valid_ppl": pytest.approx(-10.0),
+        "test_ppl": pytest.approx(-5.0, rel=1e-4),
+        "parameters": pytest.approx(-40.0),
     }  # fmt: skip
     assert data["variants"]["baseline"]["change"]["test_ppl"] is None
     assert data["status"] == "partial"
@@ -196,13 +198,13 @@ def test_verdict_without_enough_results() -> None:
 
 def test_table_marks_what_is_unfinished() -> None:
     text = report.table(built(baseline=run(110.0, 100.0), al=run(9.0, None, status="partial"), re=None))
-    quality, cost = (part.split("\n") for part in text.split("\n\n"))
-    for lines in (quality, cost):
+    quality, size, speed = (part.split("\n") for part in text.split("\n\n"))
+    for lines in (quality, size, speed):
         assert len({len(line) for line in lines}) == 1
     assert quality[1].split()[:4] == ["baseline", "1", "110.00", "100.00"]
     assert "+AL (stopped in epoch 2 of 3)" in quality[2]
     assert "+RE (not started)" in quality[3]
-    assert cost[1].split()[1:6] == ["1,000", "3.0", "9.0", "5.0", "11.0"]
+    assert size[1].split()[1:6] == ["1,000", "3.0", "9.0", "5.0", "11.0"]
 
 
 def test_json_has_no_infinities() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from .. import page
 from .evidence import SAYS
 from .plots import COLOURS, changes, curve
-from .report import certainty, cost, quality
+from .report import certainty, quality, size, speed
 from .vocabulary import vocabulary
 
 HINTS = {
@@ -18,11 +18,13 @@ HINTS = {
     "95% of change": "interval of the change over seeds and text; with one seed, over text",
     "p": "chance of such a change if there were none, after Holm's correction for several comparisons",
 }
-COST_HINTS = {
+SIZE_HINTS = {
     "loss MiB": "scratch and gradients of tiedkl's loss layer",
     "training MiB": "parameters, gradients, optimiser and loss layer, without activations of the network",
     "eager": "the same with plain PyTorch's loss",
     "inference MiB": "parameters",
+}
+SPEED_HINTS = {
     "ms/token": "generating one token, batch 1",
     "scored/s": "tokens scored a second",
     "trained/s": "tokens trained a second",
@@ -75,7 +77,8 @@ def render(report: dict[str, Any]) -> str:
         model=f"{config['layers']}-layer {kind} of {config['hidden']} units",
         tables=[
             ("Results", quality(report), HINTS, names),
-            ("What it costs", cost(report), COST_HINTS, names),
+            ("Memory", size(report), SIZE_HINTS, names),
+            ("Speed and cost", speed(report), SPEED_HINTS, names),
         ],
         certainty=(certainty(report), compared) if compared else None,
         says=SAYS,

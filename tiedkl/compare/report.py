@@ -142,8 +142,8 @@ def _cost(v: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
 
 
 def tables(report: dict[str, Any]) -> list[tuple[str, Table]]:
-    """(title, (columns, rows)) of the tables of every report: quality, how sure, cost, and the curves behind them."""
-    found = [("Quality", quality(report)), ("Cost", cost(report))]
+    """(title, (columns, rows)) of the tables of every report."""
+    found = [("Quality", quality(report)), ("Memory", size(report)), ("Speed and cost", speed(report))]
     if any(v["evidence"] for v in report["variants"].values()):
         found.insert(1, ("How sure the change is", certainty(report)))
     return found
@@ -187,26 +187,35 @@ def certainty(report: dict[str, Any]) -> Table:
     return columns, rows
 
 
-def cost(report: dict[str, Any]) -> Table:
-    """Parameters, memory, speed, money."""
+def size(report: dict[str, Any]) -> Table:
+    """Parameters and memory."""
+    columns = ("variant", "parameters", "loss MiB", "eager", "training MiB", "eager", "inference MiB")
+    rows = []
+    for v in report["variants"].values():
+        if v["status"] == "not started":
+            rows.append((v["label"], *["-"] * (len(columns) - 1)))
+            continue
+        layer, training = v["loss_memory"], v["training_memory"]
+        sizes = (layer["total_bytes"], layer["eager_bytes"], training["total_bytes"], training["eager_bytes"])
+        mib = (f"{n / MIB:,.1f}" for n in (*sizes, training["parameter_bytes"]))
+        rows.append((v["label"], f"{v['parameters']:,}", *mib))
+    return columns, rows
+
+
+def speed(report: dict[str, Any]) -> Table:
+    """Speed, time and money."""
     priced = any(c["price_per_million"] is not None for c in report["cost"].values())
-    columns: tuple[str, ...] = (
-        "variant", "parameters", "loss MiB", "eager", "training MiB", "eager", "inference MiB", "ms/token",
-        "scored/s", "trained/s", "s/1M tokens", *(["price/1M"] if priced else []), "seconds",
-    )  # fmt: skip
+    price = ("price/1M",) if priced else ()
+    columns = ("variant", "ms/token", "scored/s", "trained/s", "s/1M tokens", *price, "seconds")
     rows = []
     for name, v in report["variants"].items():
         if v["status"] == "not started":
-            rows.append((_label(v), *["-"] * (len(columns) - 1)))
+            rows.append((v["label"], *["-"] * (len(columns) - 1)))
             continue
         use, spent = report["inference"].get(name, {}), report["cost"].get(name, {})
-        layer, training = v["loss_memory"], v["training_memory"]
-        sizes = (layer["total_bytes"], layer["eager_bytes"], training["total_bytes"], training["eager_bytes"])
         rows.append(
             (
                 v["label"],
-                f"{v['parameters']:,}",
-                *(f"{size / MIB:,.1f}" for size in (*sizes, training["parameter_bytes"])),
                 number(use.get("ms_per_token"), ".3g"),
                 number(use.get("tokens_per_second"), ",.0f"),
                 number(v["tokens_per_second"], ",.0f"),
@@ -248,8 +257,8 @@ def p_value(p: Any) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The comparison for a terminal: quality, then cost."""
-    return "\n\n".join(aligned(*part) for part in (quality(report), cost(report)))
+    """The comparison for a terminal: quality, memory, speed and cost."""
+    return "\n\n".join(aligned(*part(report)) for part in (quality, size, speed))
 
 
 def aligned(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

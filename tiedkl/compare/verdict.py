@@ -64,7 +64,7 @@ def _against_baseline(compared: list[dict[str, Any]], base: dict[str, Any]) -> t
             f"It has {-best['change']['parameters']:.0f}% fewer parameters "
             f"({best['parameters']:,} instead of {base['parameters']:,})."
         )
-    rest = [f"{v['label']} {v['evidence']['percent']:+.1f}%" for v in compared if v is not best]
+    rest = [f"{v['label']} {_signed(v['evidence']['percent'])}" for v in compared if v is not best]
     if rest:
         sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
@@ -106,6 +106,10 @@ def _answer(best: dict[str, Any]) -> tuple[str, str]:
     if change < 0:
         return "yes", f"Yes: {label} predicts unseen text {-change:.1f}% better than the baseline ({proof})."
     return "no", (f"No: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({harm}).")
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.1f}%".replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
 
 
 def _list(names: list[str]) -> str:

@@ -41,7 +41,7 @@ class TuneSettings:
     timeout: str | None = None  # such as "10m"; no trial begins after it, and those under way stop
     jobs: int = 1  # processes
     pruner: str = "median"
-    check: int = 2  # other seeds to compare the winner with the defaults on, 0 for none
+    check: int = 3  # other seeds to compare the winner with the defaults on, 0 for none
     model: str = "lstm"
     hidden: int = 200
     layers: int = 2

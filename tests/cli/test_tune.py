@@ -273,7 +273,16 @@ def test_bad_input_is_named(toy: Any, changes: dict[str, Any], message: str) -> 
 def test_variants_without_the_augmented_loss_search_the_rest() -> None:
     assert list(TuneSettings(variant="re").ranges()) == ["lr", "dropout"]
     assert list(TuneSettings().ranges()) == ["gamma", "temperature", "lr", "dropout"]
-    assert TuneSettings(model="transformer").ranges()["lr"].high == 0.01
+    assert TuneSettings(model="transformer").ranges()["lr"].high == 0.003
+
+
+def test_first_trials_lie_near_the_defaults(toy: Any) -> None:
+    """Between half-way to the ends of the range, on its scale; they differ."""
+    found = tune(toy(trials=4, epochs=1))
+    near = [t["params"] for t in found["trials"][1:]]
+    assert all((0.001 * 0.002) ** 0.5 <= p["lr"] <= (0.002 * 4) ** 0.5 for p in near)
+    assert all(0.15 <= p["dropout"] <= 0.45 for p in near)
+    assert len({p["dropout"] for p in near}) == 3
 
 
 def test_bad_input_is_one_line_and_status_2(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,19 +96,19 @@ def load(
         ids = shorten(split_units(units, tool.encode))
         known = tool.facts(units, ids["train"])
         oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
-        streams = {k: torch.tensor(v, dtype=torch.int64) for k, v in ids.items()}
-        return Corpus(name, split, tool.tokens, *(streams[k] for k in SPLITS), oov, tool.eos, (), known)
+        train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
+        return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known)
 
     texts = shorten(split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u)))
     words = build_vocabulary(texts["train"], vocab_size, min_count)
     index = {word: i for i, word in enumerate(words)}
-    streams = {k: torch.tensor([index.get(w, 0) for w in v], dtype=torch.int64) for k, v in texts.items()}
+    train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)
     oov = {k: sum(w not in index for w in v) / len(v) for k, v in texts.items()}
     unknown = Counter(w for k in ("valid", "test") for w in texts[k] if w not in index).most_common(N_UNKNOWN)
     distinct = len(set(texts["train"]) | {UNK, EOS})
     known = {"kind": "words of the training text", "distinct_training_words": distinct,
              "coverage": {k: 1.0 - v for k, v in oov.items()}}  # fmt: skip
-    return Corpus(name, split, words, *(streams[k] for k in SPLITS), oov, 1, tuple(unknown), known)
+    return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known)
 
 
 def read_units(data: str | None) -> tuple[str, list[str] | dict[str, list[str]]]:

@@ -98,7 +98,7 @@ def adjust(changes: dict[str, dict[str, Any] | None]) -> None:
 
 def mean_curves(runs: list[Run]) -> list[dict[str, Any]]:
     """The epochs averaged over the seeds that have them; `valid_low` and `valid_high` are the extremes."""
-    longest = max((run.result["curves"] for run in runs), key=len, default=[])
+    longest: list[dict[str, Any]] = max((run.result["curves"] for run in runs), key=len, default=[])
     rows = []
     for k, first in enumerate(longest):
         same = [run.result["curves"][k] for run in runs if len(run.result["curves"]) > k]

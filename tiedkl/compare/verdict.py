@@ -36,7 +36,8 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
     done = {name: v for name, v in variants.items() if v["seeds_done"]}
     missing = [v["label"] for v in variants.values() if v["status"] != "done"]
     compared = [v for v in done.values() if v["evidence"]]
-    outcome, sentences = "nothing", []
+    outcome = "nothing"
+    sentences: list[str] = []
     if compared:
         outcome, sentences = _against_baseline(compared, variants["baseline"])
     elif len(done) >= 2:

@@ -21,12 +21,12 @@ class Range(NamedTuple):
 
 # Around what the paper and its reimplementations use; a learning rate is that of the optimiser of each model.
 RANGES = {
-    "gamma": Range(0.05, 2.0, True),
-    "temperature": Range(3.0, 60.0, True),
-    "lr": Range(0.25, 4.0, True),
+    "gamma": Range(0.1, 2.0, True),
+    "temperature": Range(5.0, 40.0, True),
+    "lr": Range(0.5, 2.0, True),
     "dropout": Range(0.0, 0.6, False),
 }
-TRANSFORMER_LR = Range(2e-4, 1e-2, True)
+TRANSFORMER_LR = Range(3e-4, 3e-3, True)
 
 
 @dataclass(frozen=True)

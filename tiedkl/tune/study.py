@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,18 +85,41 @@ def open_study(settings: TuneSettings, identity: dict[str, Any], *, worker: int 
         changed = [k for k in sorted(old.keys() | identity.keys()) if old.get(k) != identity.get(k)]
         what = "; ".join("the text" if k == "corpus" else f"{k}={old.get(k)}, now {identity.get(k)}" for k in changed)
         raise CompareError(f"{file} holds a search with other settings ({what}): start again with --fresh, or --out")
-    startup = max(3, min(10, settings.trials // 4))
     study.sampler = package.samplers.TPESampler(
         seed=settings.seed + 1000 * worker + len(study.trials),
-        n_startup_trials=startup,
+        n_startup_trials=startup(settings) + 1,
         constant_liar=settings.jobs > 1,
     )
     study.pruner = {
-        "median": lambda: package.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=max(1, settings.epochs // 3)),
+        "median": lambda: package.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=max(1, settings.epochs // 2)),
         "hyperband": lambda: package.pruners.HyperbandPruner(min_resource=1, max_resource=settings.epochs),
         "none": package.pruners.NopPruner,
     }[settings.pruner]()
     return study
+
+
+def startup(settings: TuneSettings) -> int:
+    """Trials after the defaults that lie near them, before the sampler takes over."""
+    return max(3, min(10, settings.trials // 4))
+
+
+def queue_neighbour(study: Any, settings: TuneSettings) -> None:
+    """Queue a point near the defaults if the next trial is one of the first; nothing while others are waiting.
+
+    Random points of the whole space are mostly bad, and a short search has no trials to waste. Each setting is drawn
+    between half-way to the low and half-way to the high end of its range, on the range's scale.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if len(trials) > startup(settings) or any(t.state.name == "WAITING" for t in trials):
+        return
+    rng = random.Random(f"{settings.seed}-{len(trials)}")
+    point = {}
+    for name, (low, high, log) in settings.ranges().items():
+        ends = (low, settings.defaults()[name], high)
+        a, x, b = map(math.log, ends) if log else ends
+        value = rng.uniform((a + x) / 2, (x + b) / 2)
+        point[name] = min(high, max(low, math.exp(value) if log else value))
+    study.enqueue_trial(point)
 
 
 def recover(study: Any) -> int:

@@ -18,7 +18,7 @@ from ..compare.settings import VARIANTS, CompareError
 from ..compare.training import Data, Trainer
 from . import report
 from .settings import TuneSettings
-from .study import DIVERGED, REASON, abandon, finished, open_study, optuna
+from .study import DIVERGED, REASON, abandon, finished, open_study, optuna, queue_neighbour
 
 
 class Stopped(Exception):
@@ -97,6 +97,7 @@ def work(
     for _ in range(quota):
         if over():
             return
+        queue_neighbour(study, settings)
         trial = study.ask()
         params = {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in settings.ranges().items()}
         if not _trial(task, study, trial, params, settings, over):

@@ -103,7 +103,8 @@ def work(
         if not _trial(task, study, trial, params, settings, over):
             return
         out = Path(settings.out).expanduser()
-        report.write_best(study, settings, task, out)
+        if worker == 0:  # one process writes; the command itself writes again at the end
+            report.write_best(study, settings, task, out)
         say(report.line(study, trial.number, len(finished(study)), settings.trials))
 
 

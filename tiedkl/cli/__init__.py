@@ -24,9 +24,10 @@ COMMANDS = {
     "bench": "memory and throughput beside eager, torch.compile and every peer that is installed",
     "tune-kernels": "measure tile sizes of the Triton kernels on this GPU",
     "compare": "train baseline, +AL, +RE and +REAL on a text and report the difference",
+    "tune": "search gamma, temperature, learning rate and dropout on a text",
 }
 # What a command imports beyond tiedkl's own dependencies; the extra that brings it has the command's name.
-EXTRAS = {"compare": ("tqdm", "matplotlib", "jinja2"), "bench": ("matplotlib", "jinja2")}
+EXTRAS = {"compare": ("tqdm", "matplotlib", "jinja2"), "tune": ("optuna",), "bench": ("matplotlib", "jinja2")}
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
 
 

@@ -6,13 +6,28 @@ import argparse
 import dataclasses
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, parse_variants
+from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, load_config, parse_variants
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Given(argparse.Action):
+    """Stores an option and remembers in `given` that the user gave it: it comes before the file of --config."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,19 +37,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "compare",
         help="A/B test on your own text: baseline, augmented loss, reused embedding, both",
         description="Trains four variants of a small language model on the same text and reports perplexity, "
-        "parameters, memory and speed. A run that was stopped is continued by the same command.",
+        "parameters, memory, speed and how sure the difference is. A run that was stopped is continued by the same "
+        "command.",
     )
 
     def option(flag: str, text: str, kind: type = str, metavar: str | None = None, shown: str | None = None) -> None:
         value = default[flag.lstrip("-").replace("-", "_")]
-        parser.add_argument(flag, type=kind, metavar=metavar, default=value, help=f"{text} (default: {shown or value})")
+        text = f"{text} (default: {shown or value})"
+        parser.add_argument(flag, type=kind, metavar=metavar, default=value, action=Given, help=text)
 
     data = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
     option("--data", data, metavar="PATH", shown="Python's help texts")
     option("--out", "directory for checkpoints and reports", metavar="DIR")
-    parser.add_argument("--model", choices=MODELS, default=default["model"], help="network (default: %(default)s)")
     parser.add_argument(
-        "--variants", default=",".join(VARIANTS), metavar="LIST", help="some of %(default)s (default: all)"
+        "--model", choices=MODELS, default=default["model"], action=Given, help="network (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--variants",
+        action=Given,
+        default=",".join(VARIANTS),
+        metavar="LIST",
+        help="some of %(default)s (default: all)",
     )
     option("--epochs", "passes over the training text", int, "N", "by the size of the text")
     option("--hidden", "units a layer, and width of the embedding", int, "N")
@@ -51,7 +74,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--impl", "backend of the loss", metavar="NAME")
     option("--threads", "CPU threads", int, "N", "PyTorch's own choice")
     option("--device", "cpu or cuda", metavar="NAME")
-    option("--seed", "seed of all random numbers", int, "N")
+    option("--seed", "first random seed", int, "N")
+    option("--seeds", "train every variant with so many seeds; more can be added later", int, "N", "1")
+    option("--budget", "fit seeds, epochs and, if need be, the text into a time such as 90s, 15m, 2h", metavar="TIME",
+           shown="none")  # fmt: skip
+    option("--price-per-hour", "what this machine costs an hour, for the cost of a million tokens", float, "X", "none")
+    option("--tokenizer", "a Hugging Face tokenizer.json, instead of words", metavar="FILE", shown="none")
     option("--vocab-size", "largest vocabulary", int, "N")
     option("--min-count", "rarer words become <unk>", int, "N")
     option("--max-tokens", "use only so many training tokens, and a tenth of it for each other split", int, "N", "all")
@@ -62,6 +90,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_false",
         help="no output bias in +RE and +REAL, as in the paper",
     )
+    parser.add_argument("--config", metavar="FILE", help="JSON with settings, such as best.json of `tiedkl tune`; "
+                        "options given here come first")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="discard an earlier run in --out and start again")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(func=run)
@@ -76,8 +106,12 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     try:
         values = {name: value for name, value in vars(args).items() if name in names}
-        settings = Settings(**values | {"variants": parse_variants(args.variants)})
-        with _ctrl_c() as pressed:
+        values["variants"] = parse_variants(args.variants)
+        if args.config is not None:
+            given = {*getattr(args, "given", ()), *(() if args.tied_bias else ("tied_bias",))}
+            values |= {name: value for name, value in load_config(args.config).items() if name not in given}
+        settings = Settings(**values | {"variants": tuple(values["variants"])})
+        with ctrl_c() as pressed:
             try:
                 report = compare(settings, should_stop=lambda: bool(pressed))
             except Interrupted as stopped:
@@ -85,13 +119,15 @@ def run(args: argparse.Namespace) -> int:
     except CompareError as error:
         print(f"tiedkl compare: {error}", file=sys.stderr)
         return BAD_INPUT
-    html, json = report_paths(settings.out)
-    print(table(report), "", *report["verdict"], "", f"report: {html}", f"data:   {json}", sep="\n")
+    if report["plan"]:
+        print(report["plan"]["text"], "", sep="\n")
+    html, markdown, json = report_paths(settings.out)
+    print(table(report), "", *report["verdict"], "", f"report: {html}, {markdown.name}, {json.name}", sep="\n")
     return status
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
+def ctrl_c() -> Iterator[list[int]]:
     """A list that Ctrl-C fills, for the training loop to see between two steps; a second Ctrl-C stops at once."""
     pressed: list[int] = []
 

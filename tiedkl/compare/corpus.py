@@ -1,4 +1,4 @@
-"""Text to token ids: reading, splitting into words, the vocabulary, and the three splits.
+"""Text to token ids: reading, splitting into words (tokenizer.py: into subwords), the vocabulary, and the three splits.
 
 Three sources: a directory in the Penn Treebank layout (`*.train.txt`, `*.valid.txt`, `*.test.txt`, one sentence a line,
 already tokenised), one text file, or the help texts that every CPython carries in `pydoc_data.topics`.
@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .settings import CompareError
+from .tokenizer import Tokenizer
 
+T = TypeVar("T")
 UNK, EOS = "<unk>", "<eos>"
 SPLITS = ("train", "valid", "test")
 N_BLOCKS = 100  # a single text is cut into so many blocks; of each ten, eight train, one validates, one tests
 WORDS = re.compile(rf"{UNK}|\.{{3}}|\w+(?:['’]\w+)*|[^\w\s]")
+N_UNKNOWN = 20  # unknown words that the report lists
 RULES = re.compile(r"([^\w\s])\1{3,}")  # underlines and table borders
 BLANK_LINE = re.compile(r"\n\s*\n")
 BLOCK_SPLIT = (
-    f"{N_BLOCKS} equal blocks of consecutive words; "
+    f"{N_BLOCKS} equal blocks of consecutive tokens; "
     "of each ten, eight for training, the ninth for validation, the tenth for test"
 )
 
@@ -42,6 +45,9 @@ class Corpus:
     valid: Tensor
     test: Tensor
     oov: dict[str, float]  # share of a split's tokens that are not in the vocabulary, 0..1
+    eos: int = 1  # id of the end of a unit
+    unknown: tuple[tuple[str, int], ...] = ()  # the most frequent unknown words of validation and test
+    known: dict[str, Any] | None = None  # what else the report says about the vocabulary
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the corpus; `sha256` identifies the token streams and the vocabulary."""
@@ -54,37 +60,76 @@ class Corpus:
             "vocabulary": len(self.words),
             "tokens": {split: len(getattr(self, split)) for split in SPLITS},
             "oov_rate": self.oov,
+            "unknown_words": [list(pair) for pair in self.unknown],
+            "vocabulary_facts": self.known or {},
             "sha256": digest.hexdigest(),
         }
 
 
-def load(data: str | None, *, vocab_size: int = 10_000, min_count: int = 2, max_tokens: int | None = None) -> Corpus:
+def load(
+    data: str | None,
+    *,
+    vocab_size: int = 10_000,
+    min_count: int = 2,
+    max_tokens: int | None = None,
+    tokenizer: str | None = None,
+) -> Corpus:
     """The corpus at `data`: a directory, a file, or None for Python's help texts.
 
-    vocab_size counts `<unk>` and `<eos>`; words seen less than `min_count` times in training become `<unk>`;
-    `max_tokens` shortens the training split to so many tokens and the others to a tenth of it. Raises CompareError with
-    the reason.
+    vocab_size counts `<unk>` and `<eos>`; words seen less than `min_count` times in training become `<unk>`; both are
+    unused with `tokenizer`, the path of a tokenizer.json. `max_tokens` shortens the training split to so many tokens
+    and the others to a tenth of it. Raises CompareError with the reason.
     """
-    if data is None:
-        name, split, texts = "Python's help texts (pydoc_data.topics)", BLOCK_SPLIT, split_blocks(builtin_tokens())
-    else:
-        path = Path(data).expanduser()
-        if path.is_dir():
-            name, split, texts = str(path.name), "the files of the directory", read_directory(path)
-        elif path.is_file():
-            name, split, texts = path.name, BLOCK_SPLIT, split_blocks(text_tokens(read_text(path)))
-        else:
-            raise CompareError(f"{data}: no such file or directory")
-    if max_tokens is not None:
-        texts = {k: v[: max_tokens if k == "train" else max(1, max_tokens // 10)] for k, v in texts.items()}
-    for k, v in texts.items():
-        if not v:
-            raise CompareError(f"{data or name}: the {k} split is empty; give more text")
+    name, units = read_units(data)
+    split = BLOCK_SPLIT if isinstance(units, list) else "the files of the directory"
+
+    def shorten(texts: dict[str, list[T]]) -> dict[str, list[T]]:
+        if max_tokens is not None:
+            texts = {k: v[: max_tokens if k == "train" else max(1, max_tokens // 10)] for k, v in texts.items()}
+        for k, v in texts.items():
+            if not v:
+                raise CompareError(f"{data or name}: the {k} split is empty; give more text")
+        return texts
+
+    if tokenizer is not None:
+        tool = Tokenizer(tokenizer)
+        ids = shorten(split_units(units, tool.encode))
+        known = tool.facts(units, ids["train"])
+        oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
+        train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
+        return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known)
+
+    texts = shorten(split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u)))
     words = build_vocabulary(texts["train"], vocab_size, min_count)
-    ids = {word: i for i, word in enumerate(words)}
-    streams = {k: torch.tensor([ids.get(w, 0) for w in v], dtype=torch.int64) for k, v in texts.items()}
-    oov = {k: sum(w not in ids for w in v) / len(v) for k, v in texts.items()}
-    return Corpus(name, split, words, streams["train"], streams["valid"], streams["test"], oov)
+    index = {word: i for i, word in enumerate(words)}
+    train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)
+    oov = {k: sum(w not in index for w in v) / len(v) for k, v in texts.items()}
+    unknown = Counter(w for k in ("valid", "test") for w in texts[k] if w not in index).most_common(N_UNKNOWN)
+    distinct = len(set(texts["train"]) | {UNK, EOS})
+    known = {"kind": "words of the training text", "distinct_training_words": distinct,
+             "coverage": {k: 1.0 - v for k, v in oov.items()}}  # fmt: skip
+    return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known)
+
+
+def read_units(data: str | None) -> tuple[str, list[str] | dict[str, list[str]]]:
+    """The text's name, and its units (lines or paragraphs): one list, or one for each split of a directory."""
+    if data is None:
+        return "Python's help texts (pydoc_data.topics)", builtin_units()
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return str(path.name), read_directory(path)
+    if path.is_file():
+        return path.name, text_units(read_text(path))
+    raise CompareError(f"{data}: no such file or directory")
+
+
+def split_units(
+    units: list[str] | dict[str, list[str]], encode: Callable[[Iterable[str]], list[T]]
+) -> dict[str, list[T]]:
+    """The tokens of each split."""
+    if isinstance(units, dict):
+        return {k: encode(v) for k, v in units.items()}
+    return split_blocks(encode(units))
 
 
 def build_vocabulary(tokens: Iterable[str], size: int, min_count: int) -> list[str]:
@@ -109,28 +154,40 @@ def read_text(path: Path) -> str:
 
 
 def read_directory(path: Path) -> dict[str, list[str]]:
-    """Splits of a directory, divided on white space only, `<eos>` after each line."""
+    """The lines of each split of a directory that hold anything."""
     texts = {}
     for split in SPLITS:
         found = sorted(path.glob(f"*.{split}.txt"))
         if len(found) != 1:
             names = ", ".join(f.name for f in found) or "none"
             raise CompareError(f"{path}: expected one file *.{split}.txt, found {names}")
-        texts[split] = [w for line in read_text(found[0]).splitlines() if line.strip() for w in (*line.split(), EOS)]
+        texts[split] = [line for line in read_text(found[0]).splitlines() if line.strip()]
     return texts
 
 
-def text_tokens(text: str) -> list[str]:
-    """Raw text in lower case, punctuation apart, `<eos>` after each unit.
+def _lines(units: Iterable[str]) -> list[str]:
+    """Text that is already tokenised: divided on white space only, `<eos>` after each line."""
+    return [w for line in units for w in (*line.split(), EOS)]
 
-    A unit is a paragraph where blank lines are common (hard-wrapped text), else a line.
-    """
+
+def text_tokens(text: str) -> list[str]:
+    """Raw text in lower case, punctuation apart, `<eos>` after each unit."""
+    return list(_tokens(text_units(text)))
+
+
+def text_units(text: str) -> list[str]:
+    """Paragraphs where blank lines are common (hard-wrapped text), else lines."""
     lines = text.splitlines()
     blank = sum(not line.strip() for line in lines)
-    return list(_tokens(BLANK_LINE.split(text) if blank > len(lines) / 20 else lines))
+    return BLANK_LINE.split(text) if blank > len(lines) / 20 else lines
 
 
 def builtin_tokens() -> list[str]:
+    """The words of `builtin_units`."""
+    return list(_tokens(builtin_units()))
+
+
+def builtin_units() -> list[str]:
     """Python's help texts, paragraph by paragraph, each paragraph once: topics quote one another.
 
     Repeats would put the same text into training and test.
@@ -142,7 +199,7 @@ def builtin_tokens() -> list[str]:
             "this Python does not ship pydoc_data.topics, the default text; give your own with --data"
         ) from None
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    return list(_tokens(dict.fromkeys(" ".join(p.split()) for p in BLANK_LINE.split(text))))
+    return list(dict.fromkeys(" ".join(p.split()) for p in BLANK_LINE.split(text)))
 
 
 def _tokens(units: Iterable[str]) -> Iterator[str]:
@@ -153,22 +210,22 @@ def _tokens(units: Iterable[str]) -> Iterator[str]:
             yield EOS
 
 
-def split_blocks(tokens: list[str]) -> dict[str, list[str]]:
+def split_blocks(tokens: list[T]) -> dict[str, list[T]]:
     """`BLOCK_SPLIT`: every part of the text, early and late, is in each split."""
     edges = [len(tokens) * k // N_BLOCKS for k in range(N_BLOCKS + 1)]
-    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    texts: dict[str, list[T]] = {split: [] for split in SPLITS}
     for k in range(N_BLOCKS):
         texts[{8: "valid", 9: "test"}.get(k % 10, "train")] += tokens[edges[k] : edges[k + 1]]
     return texts
 
 
-def batches(stream: Tensor, n_seq: int) -> tuple[Tensor, Tensor]:
+def batches(stream: Tensor, n_seq: int, eos: int = 1) -> tuple[Tensor, Tensor]:
     """Inputs and targets, each (T, n_seq): the stream in `n_seq` consecutive columns, every token a target once.
 
     The first token is predicted from `<eos>`; the last column is padded with `<eos>` as input and -100 as target.
     """
     n_steps = -(-len(stream) // n_seq)
     pad = n_steps * n_seq - len(stream)
-    inputs = torch.cat([torch.tensor([1]), stream[:-1], torch.full((pad,), 1)])
+    inputs = torch.cat([torch.tensor([eos]), stream[:-1], torch.full((pad,), eos)])
     targets = torch.cat([stream, torch.full((pad,), -100)])
     return inputs.view(n_seq, n_steps).T.contiguous(), targets.view(n_seq, n_steps).T.contiguous()

@@ -38,3 +38,22 @@ def loss_memory(model: LanguageModel, loss: VariantLoss, n_tokens: int) -> dict[
         "eager_matrices": matrices,
         "eager_bytes": matrices * n_tokens * n_vocab * 4 + gradients,
     }
+
+
+def training_memory(model: LanguageModel, optimizer: torch.optim.Optimizer, loss: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of a training step, and of plain PyTorch's: parameters, their gradients, optimiser, and the loss layer.
+
+    `loss` is what `loss_memory` gave; its gradients of output matrix and bias are gradients of parameters and counted
+    once. Activations of the network are left out: they are the same for every variant. AdamW keeps two numbers a
+    parameter, stochastic gradient descent none.
+    """
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = 2 * parameters if isinstance(optimizer, torch.optim.AdamW) else 0
+    fixed = 2 * parameters + state + 4 * loss["tokens"] * model.weight.shape[1]
+    return {
+        "parameter_bytes": parameters,
+        "gradient_bytes": parameters,
+        "optimizer_bytes": state,
+        "total_bytes": fixed + loss["scratch_bytes"],
+        "eager_bytes": fixed + loss["eager_bytes"] - loss["gradient_bytes"],
+    }

@@ -82,6 +82,7 @@ class VariantLoss(nn.Module):
         }
         self.loss = tiedkl.FusedTiedLoss(**self.arguments, reduction="sum", return_terms=True)
         self.plain = tiedkl.FusedTiedLoss(alpha=0.0, impl=settings["impl"], reduction="sum", return_terms=True)
+        self.by_token = tiedkl.FusedTiedLoss(alpha=0.0, impl=settings["impl"], reduction="none")
 
     def inputs(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> dict[str, Any]:
         """The arguments of the loss; the similarity target is a constant, so its metric is detached."""
@@ -97,3 +98,7 @@ class VariantLoss(nn.Module):
     def cross_entropy(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> Tensor:
         """Plain cross-entropy, summed: what every variant is judged by."""
         return self.plain(hidden, model.weight, target, model.bias).ce
+
+    def token_cross_entropy(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> Tensor:
+        """Plain cross-entropy of each token, shaped like `target`; 0 where that is ignored."""
+        return self.by_token(hidden, model.weight, target, model.bias)

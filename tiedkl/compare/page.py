@@ -5,21 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from .. import page
-from .plots import COLOURS, curve
-from .report import COLUMNS, DRAW, rows
+from .evidence import SAYS
+from .plots import COLOURS, changes, curve
+from .report import certainty, quality, size, speed
+from .vocabulary import vocabulary
 
 HINTS = {
     "valid ppl": "perplexity on the validation split, best epoch",
     "test ppl": "perplexity on the test split, with the weights of that epoch",
+    "95% (seeds)": "interval of the test perplexity over seeds",
     "change": "test perplexity against the baseline",
-    "loss layer MiB": "scratch and gradients of tiedkl's loss layer",
-    "eager MiB": "what the same layer would take in plain PyTorch",
-    "tokens/s": "training speed",
-    "seconds": "training and evaluation",
+    "95% of change": "interval of the change over seeds and text; with one seed, over text",
+    "p": "chance of such a change if there were none, after Holm's correction for several comparisons",
 }
-
+SIZE_HINTS = {
+    "loss MiB": "scratch and gradients of tiedkl's loss layer",
+    "training MiB": "parameters, gradients, optimiser and loss layer, without activations of the network",
+    "eager": "the same with plain PyTorch's loss",
+    "inference MiB": "parameters",
+}
+SPEED_HINTS = {
+    "ms/token": "generating one token, batch 1",
+    "scored/s": "tokens scored a second",
+    "trained/s": "tokens trained a second",
+    "s/1M tokens": "training time for a million tokens",
+    "price/1M": "the same at your price",
+    "seconds": "training and evaluation, all seeds",
+}
 TEMPLATE = "report.html.j2"
-
 PLOTS = (
     (
         "valid_ppl",
@@ -48,23 +61,37 @@ PLOTS = (
 def render(report: dict[str, Any]) -> str:
     """The report (see report.py) as HTML."""
     config, variants = report["config"], report["variants"]
-    done = {name: v for name, v in variants.items() if v["status"] == "done"}
+    done = {name: v for name, v in variants.items() if v["seeds_done"]}
     plots = [(title, text, curve(report, key, title, label, log=log)) for key, title, label, log, text in PLOTS]
+    title, text = "Change against the baseline", "95% intervals; left of the line is better than the baseline."
+    plots.insert(0, (title, text, changes(report, title)))
     kind = "LSTM" if config["model"] == "lstm" else "Transformer"
+    facts, unknown = vocabulary(report["corpus"])
+    names = list(variants)
+    compared = [name for name in names if variants[name]["evidence"]]
     return page.render(
         __package__,
         TEMPLATE,
         report=report,
-        better=any((v["change"]["test_ppl"] or 0.0) <= -DRAW for v in variants.values()),
+        better=report["outcome"] == "yes",
         model=f"{config['layers']}-layer {kind} of {config['hidden']} units",
-        columns=COLUMNS,
-        hints=HINTS,
-        table=list(zip(variants, rows(report), strict=True)),
+        tables=[
+            ("Results", quality(report), HINTS, names),
+            ("Memory", size(report), SIZE_HINTS, names),
+            ("Speed and cost", speed(report), SPEED_HINTS, names),
+        ],
+        certainty=(certainty(report), compared) if compared else None,
+        says=SAYS,
         best=min(done, key=lambda name: done[name]["test_ppl"]) if len(done) > 1 else None,
         colours=COLOURS,
         plots=[plot for plot in plots if plot[2]],
+        vocabulary=facts,
+        unknown=unknown,
         record=[
-            ("Text", page.facts(report["corpus"])),
+            (
+                "Text",
+                page.facts({k: v for k, v in report["corpus"].items() if not k.startswith(("unknown", "vocabulary_"))}),
+            ),
             ("Settings", page.facts(config)),
             ("Machine", page.facts(report["environment"])),
         ],

@@ -24,6 +24,10 @@ def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool
 
     def paint(axes: Any) -> None:
         for name, points in series.items():
+            rows = [r for r in report["variants"][name]["curves"] if r[key] is not None]
+            if key == "valid_ppl" and any(r["seeds"] > 1 for r in rows):
+                low, high = ([r[end] for r in rows] for end in ("valid_low", "valid_high"))
+                axes.fill_between([r["epoch"] for r in rows], low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
             axes.plot(
                 *zip(*points, strict=True),
                 color=COLOURS[name],
@@ -42,3 +46,35 @@ def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool
         axes.legend(frameon=False)
 
     return figure(key, title, paint)
+
+
+def changes(report: dict[str, Any], title: str) -> str:
+    """Each variant's change of test perplexity with its intervals as an `<svg>` element; "" without a comparison."""
+    found = [(name, v) for name, v in report["variants"].items() if v["evidence"]]
+    if not found:
+        return ""
+    kinds = [
+        (kind, shade)
+        for kind, shade in (("text", 0.35), ("seeds", 0.6), ("both", 1.0))
+        if any(v["evidence"][f"over_{kind}"] for _, v in found)
+    ]
+
+    def paint(axes: Any) -> None:
+        for k, (name, v) in enumerate(reversed(found)):
+            evidence = v["evidence"]
+            for j, (kind, shade) in enumerate(kinds):
+                if evidence[f"over_{kind}"]:
+                    y = k + 0.22 * ((len(kinds) - 1) / 2 - j)
+                    axes.plot(
+                        evidence[f"over_{kind}"]["percent"], [y, y], color=COLOURS[name], alpha=shade, linewidth=3
+                    )
+                    axes.plot([evidence["percent"]], [y], marker="o", color=COLOURS[name], markersize=5)
+                    axes.annotate(kind, (max(evidence[f"over_{kind}"]["percent"]), y), xytext=(5, 0),
+                                  textcoords="offset points", va="center", fontsize=9, color="#5b6470")  # fmt: skip
+        axes.axvline(0.0, color="#1d2329", linewidth=1)
+        axes.set_yticks(range(len(found)), [v["label"] for _, v in reversed(found)])
+        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.margins(x=0.12)
+        axes.set_xlabel("change of test perplexity, %")
+
+    return figure("changes", title, paint)

@@ -1,169 +1,270 @@
-"""The result of a comparison: one dictionary, the table made from it, and the verdict in plain words.
+"""The result of a comparison: one dictionary, and the tables made from it.
 
-The dictionary (`SCHEMA` 1) holds `status` (complete | partial), `config`, `corpus`, `environment`, `variants`
-(name -> result, see `Trainer.result`, with `label`, `summary`, `change` and `loss_memory`) and `verdict`.
+The dictionary, `SCHEMA` 2:
+
+    schema, created, status (complete | partial), verdict (sentences), outcome (yes | no | draw | one seed | nothing),
+    limits, config (`Settings.resolved`, with the list of `seeds`), corpus (`Corpus.facts`), environment
+    plan        what `--budget` decided (budget.py), or null
+    variants    name -> label, summary, tied, augmented, status (done | partial | not started), seeds_done, and once it
+                has begun: parameters; valid_ppl and test_ppl, the exponential of the mean cross-entropy over seeds;
+                test_ppl_interval, 95% over seeds, or null; curves, averaged over seeds; runs, `Trainer.result` of each
+                seed; loss_memory and training_memory in bytes (memory.py); change, per cent against the baseline;
+                evidence, how sure that change is (evidence.py), or null
+    inference   name -> figures of inference.py; empty until all runs are done
+    cost        name -> seconds of training for a million tokens, and money, or null without a price
+    checklist   stages of a roll-out (checklist.py)
+
+Schema 1 had one seed: no seeds_done, runs, test_ppl_interval, evidence, plan, inference, cost, checklist, outcome.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from datetime import datetime, timezone
 from typing import Any
 
 from ..environment import finite
+from .checklist import checklist
+from .evidence import Run, adjust, against, mean_ce, mean_curves, perplexity_interval
 from .settings import VARIANTS
+from .verdict import limits, verdict
 
-SCHEMA = 1
+SCHEMA = 2
 MIB = 1 << 20
-DRAW = 2.0  # per cent of perplexity within which one seed decides nothing
-LIMITS = (
-    "One training run a variant, with one random seed: differences of a few per cent can change with the seed.",
-    "A small model and a short training; larger models and longer training can change the order of the variants.",
-    "The settings are common to all four variants, not tuned for each.",
-    "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
-    "cannot be compared.",
-    "Speed is that of the whole training step on this machine, including the network around the loss.",
-)
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # columns, rows
 
 
 def build(
     config: dict[str, Any],
     corpus: dict[str, Any],
     environment: dict[str, Any],
-    results: dict[str, dict[str, Any] | None],
+    runs: dict[str, list[Run]],
+    *,
+    memory: dict[str, dict[str, Any]],
+    inference: dict[str, Any] | None = None,
+    plan: dict[str, Any] | None = None,
+    price_per_hour: float | None = None,
+    request: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report of `results`, variant name -> result or None for one that has not begun."""
-    variants: dict[str, Any] = {}
-    reference = results.get("baseline") or {}
-    for name, result in results.items():
-        variant = VARIANTS[name]
-        entry = result or {"status": "not started"}
-        variants[name] = {
-            "label": variant.label,
-            "summary": variant.summary,
-            "tied": variant.tied,
-            "augmented": variant.augmented,
-            **entry,
-            "change": {key: _change(entry, reference, key) for key in ("valid_ppl", "test_ppl", "parameters")},
+    """The report of `runs`, variant name -> its runs so far, in the order of the report.
+
+    memory: name -> `loss_memory` and `training_memory`. request: `data`, `tokenizer` and `out` as the user gave them,
+    for the commands of the checklist.
+    """
+    n_seeds = len(config["seeds"])
+    variants = {name: _variant(name, part, n_seeds, memory[name]) for name, part in runs.items()}
+    base = runs.get("baseline", [])
+    evidence = {n: against(base, part) for n, part in runs.items() if n != "baseline"}
+    adjust(evidence)
+    for name, v in variants.items():
+        found = v["evidence"] = evidence.get(name)
+        v["change"] = {
+            "valid_ppl": _change(v, variants.get("baseline"), "valid_ppl") if found else None,
+            "test_ppl": found and found["percent"],
+            "parameters": _change(v, variants.get("baseline"), "parameters"),
         }
-    complete = all(v["status"] == "done" for v in variants.values())
-    return {
+    outcome, sentences = verdict(variants, n_seeds)
+    report = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "status": "complete" if complete else "partial",
-        "verdict": verdict(variants),
-        "limits": list(LIMITS),
+        "status": "complete" if all(v["status"] == "done" for v in variants.values()) else "partial",
+        "verdict": sentences,
+        "outcome": outcome,
+        "limits": limits(n_seeds),
         "config": config,
         "corpus": corpus,
         "environment": environment,
+        "plan": plan,
         "variants": variants,
+        "inference": inference or {},
+        "cost": {n: _cost(v, price_per_hour) for n, v in variants.items() if v.get("tokens_per_second")},
+    }
+    report["checklist"] = checklist(report, request or {})
+    return report
+
+
+def _variant(name: str, runs: list[Run], n_seeds: int, memory: dict[str, Any]) -> dict[str, Any]:
+    about = VARIANTS[name]
+    done = [run for run in runs if run.done]
+    entry: dict[str, Any] = {
+        "label": about.label,
+        "summary": about.summary,
+        "tied": about.tied,
+        "augmented": about.augmented,
+        "status": "done" if len(done) == n_seeds else "partial" if runs else "not started",
+        "seeds_done": [run.seed for run in done],
+    }
+    if not runs:
+        return entry
+    last = runs[-1].result
+    valid = [run.result["valid_ppl"] for run in done or runs if run.result["valid_ppl"]]
+    speeds = [run.result["tokens_per_second"] for run in runs if run.result["tokens_per_second"]]
+    return entry | memory | {
+        "epochs_done": last["epochs_done"],
+        "epochs_planned": last["epochs_planned"],
+        "parameters": last["parameters"],
+        "best_epoch": runs[0].result["best_epoch"],
+        "valid_ppl": _geometric(valid),
+        "test_ppl": _exp(statistics.fmean(map(mean_ce, done))) if done else None,
+        "test_ppl_interval": perplexity_interval(runs),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "seconds": sum(run.result["seconds"] for run in runs),
+        "curves": mean_curves(runs),
+        "runs": [{"seed": run.seed, **run.result} for run in runs],
+    }  # fmt: skip
+
+
+def _geometric(values: list[float]) -> float | None:
+    if len(values) < 2:
+        return values[0] if values else None
+    return _exp(statistics.fmean(map(math.log, values)))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _change(v: dict[str, Any], base: dict[str, Any] | None, key: str) -> float | None:
+    """Change against the baseline in per cent; None for itself and without both figures."""
+    if base is None or v is base or v.get(key) is None or base.get(key) is None:
+        return None
+    return float(100.0 * (v[key] / base[key] - 1.0))
+
+
+def _cost(v: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
+    seconds = 1e6 / v["tokens_per_second"]
+    return {
+        "seconds_per_million": seconds,
+        "price_per_million": None if price_per_hour is None else seconds / 3600 * price_per_hour,
     }
 
 
-def _change(entry: dict[str, Any], reference: dict[str, Any], key: str) -> float | None:
-    """Change against the baseline in per cent; None for itself, without both figures, or while either is unfinished."""
-    new, old = entry.get(key), reference.get(key)
-    if (
-        entry is reference
-        or new is None
-        or old is None
-        or (key != "parameters" and {entry["status"], reference["status"]} != {"done"})
-    ):
-        return None
-    return 100.0 * (new / old - 1.0)
+def tables(report: dict[str, Any]) -> list[tuple[str, Table]]:
+    """(title, (columns, rows)) of the tables of every report."""
+    found = [("Quality", quality(report)), ("Memory", size(report)), ("Speed and cost", speed(report))]
+    if any(v["evidence"] for v in report["variants"].values()):
+        found.insert(1, ("How sure the change is", certainty(report)))
+    return found
 
 
-def verdict(variants: dict[str, Any]) -> list[str]:
-    """Sentences for a reader who knows nothing of language models; the first is the answer."""
-    done = {name: v for name, v in variants.items() if v["status"] == "done"}
-    missing = [v["label"] for v in variants.values() if v["status"] != "done"]
-    sentences = []
-    if len(done) >= 2 and "baseline" in done:
-        sentences += _against_baseline(done)
-    elif len(done) >= 2:
-        best = min(done.values(), key=lambda v: v["test_ppl"])
-        sentences.append(
-            f"{best['label']} predicts unseen text best (test perplexity {best['test_ppl']:.1f}); "
-            "the baseline was not part of this test."
+def quality(report: dict[str, Any]) -> Table:
+    """Perplexities and the change against the baseline."""
+    columns = ("variant", "seeds", "valid ppl", "test ppl", "95% (seeds)", "change", "95% of change", "p")
+    rows = []
+    for v in report["variants"].values():
+        if v["status"] == "not started":
+            rows.append((_label(v), *["-"] * (len(columns) - 1)))
+            continue
+        sure = _surest(v)
+        rows.append(
+            (
+                _label(v),
+                str(len(v["seeds_done"])),
+                number(v["valid_ppl"], ",.2f"),
+                number(v["test_ppl"], ",.2f"),
+                span(v["test_ppl_interval"], ",.2f"),
+                number(v["change"]["test_ppl"], "+.1f", "%"),
+                span(sure and sure["percent"], "+.1f", "%"),
+                p_value(sure and sure["p_holm"]),
+            )
         )
-    else:
-        sentences.append("There is nothing to compare yet: fewer than two variants have been trained to the end.")
-    if missing:
-        sentences.append(f"The test is incomplete: {_list(missing)} not finished. The same command continues it.")
-    return sentences
+    return columns, rows
 
 
-def _against_baseline(done: dict[str, Any]) -> list[str]:
-    base = done["baseline"]
-    others = {name: v for name, v in done.items() if name != "baseline"}
-    best = min(others.values(), key=lambda v: v["test_ppl"])
-    change = best["change"]["test_ppl"]
-    figures = f"test perplexity {best['test_ppl']:.1f} instead of {base['test_ppl']:.1f}"
-    if change <= -DRAW:
-        first = f"Yes: {best['label']} predicts unseen text {-change:.1f}% better than the baseline ({figures})."
-    elif change < DRAW:
-        first = f"A draw: the best variant, {best['label']}, is within {DRAW:.0f}% of the baseline ({figures})."
-    else:
-        first = (
-            f"No: nothing beats the baseline on this text; {best['label']} is nearest, {change:.1f}% worse ({figures})."
+def certainty(report: dict[str, Any]) -> Table:
+    """The three intervals of each change."""
+    columns = ("variant", "change", "seeds", "text", "both", "p seeds", "p text", "p both")
+    rows = []
+    for v in report["variants"].values():
+        if not v["evidence"]:
+            continue
+        kinds = [v["evidence"][f"over_{kind}"] for kind in ("seeds", "text", "both")]
+        intervals = [span(kind and kind["percent"], "+.1f", "%") for kind in kinds]
+        p_values = [p_value(kind and kind["p_holm"]) for kind in kinds]
+        rows.append((v["label"], number(v["evidence"]["percent"], "+.1f", "%"), *intervals, *p_values))
+    return columns, rows
+
+
+def size(report: dict[str, Any]) -> Table:
+    """Parameters and memory."""
+    columns = ("variant", "parameters", "loss MiB", "eager", "training MiB", "eager", "inference MiB")
+    rows = []
+    for v in report["variants"].values():
+        if v["status"] == "not started":
+            rows.append((v["label"], *["-"] * (len(columns) - 1)))
+            continue
+        layer, training = v["loss_memory"], v["training_memory"]
+        sizes = (layer["total_bytes"], layer["eager_bytes"], training["total_bytes"], training["eager_bytes"])
+        mib = (f"{n / MIB:,.1f}" for n in (*sizes, training["parameter_bytes"]))
+        rows.append((v["label"], f"{v['parameters']:,}", *mib))
+    return columns, rows
+
+
+def speed(report: dict[str, Any]) -> Table:
+    """Speed, time and money."""
+    priced = any(c["price_per_million"] is not None for c in report["cost"].values())
+    price = ("price/1M",) if priced else ()
+    columns = ("variant", "ms/token", "scored/s", "trained/s", "s/1M tokens", *price, "seconds")
+    rows = []
+    for name, v in report["variants"].items():
+        if v["status"] == "not started":
+            rows.append((v["label"], *["-"] * (len(columns) - 1)))
+            continue
+        use, spent = report["inference"].get(name, {}), report["cost"].get(name, {})
+        rows.append(
+            (
+                v["label"],
+                number(use.get("ms_per_token"), ".3g"),
+                number(use.get("tokens_per_second"), ",.0f"),
+                number(v["tokens_per_second"], ",.0f"),
+                number(spent.get("seconds_per_million"), ",.0f"),
+                *([number(spent.get("price_per_million"), ".3g")] if priced else []),
+                f"{v['seconds']:,.1f}",
+            )
         )
-    sentences = [first]
-    if best["tied"]:
-        sentences.append(
-            f"It does so with {-best['change']['parameters']:.0f}% fewer parameters "
-            f"({best['parameters']:,} instead of {base['parameters']:,})."
-        )
-    rest = [f"{v['label']} {_number(v['change']['test_ppl'], '+.1f', '%')}" for v in others.values() if v is not best]
-    if rest:
-        sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
-    sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
-    return sentences
+    return columns, rows
 
 
-def _list(names: list[str]) -> str:
-    return names[0] + " is" if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]} are"
+def _surest(v: dict[str, Any]) -> Any:
+    """The interval that covers most: seeds and text where there are seeds, else the text alone."""
+    evidence = v["evidence"]
+    return evidence and (evidence["over_both"] or evidence["over_text"])
 
 
-MEASURES = ("valid ppl", "test ppl", "change", "parameters", "loss layer MiB", "eager MiB", "tokens/s", "seconds")
-COLUMNS = ("variant", *MEASURES)
-
-
-def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells under `COLUMNS`, a row for each variant; change is in test perplexity against the baseline."""
-    return [_row(v) for v in report["variants"].values()]
-
-
-def _row(v: dict[str, Any]) -> tuple[str, ...]:
-    label = v["label"]
+def _label(v: dict[str, Any]) -> str:
     if v["status"] == "not started":
-        return (f"{label} (not started)", *["-"] * (len(COLUMNS) - 1))
-    if v["status"] == "partial":
-        label += f" (stopped in epoch {math.floor(v['epochs_done']) + 1} of {v['epochs_planned']})"
-    memory = v["loss_memory"]
-    return (
-        label,
-        _number(v["valid_ppl"], ",.2f"),
-        _number(v["test_ppl"], ",.2f"),
-        _number(v["change"]["test_ppl"], "+.1f", "%"),
-        f"{v['parameters']:,}",
-        f"{memory['total_bytes'] / MIB:,.1f}",
-        f"{memory['eager_bytes'] / MIB:,.1f}",
-        _number(v["tokens_per_second"], ",.0f"),
-        f"{v['seconds']:,.1f}",
-    )
+        return f"{v['label']} (not started)"
+    if v["status"] == "partial" and float(v["epochs_done"]) != v["epochs_planned"]:
+        return f"{v['label']} (stopped in epoch {math.floor(v['epochs_done']) + 1} of {v['epochs_planned']})"
+    return f"{v['label']} (unfinished)" if v["status"] == "partial" else str(v["label"])
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
+def number(value: float | None, form: str, unit: str = "") -> str:
     if value is None:
         return "-"
     return f"{value:{form}}{unit}".replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
 
 
+def span(ends: Any, form: str, unit: str = "") -> str:
+    """An interval as text."""
+    return "-" if not ends else f"{number(ends[0], form)} to {number(ends[1], form, unit)}"
+
+
+def p_value(p: Any) -> str:
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def table(report: dict[str, Any]) -> str:
-    """The comparison for a terminal."""
-    lines = [COLUMNS, *rows(report)]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(COLUMNS))]
+    """The comparison for a terminal: quality, memory, speed and cost."""
+    return "\n\n".join(aligned(*part(report)) for part in (quality, size, speed))
+
+
+def aligned(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    lines = [columns, *rows]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
@@ -172,5 +273,4 @@ def table(report: dict[str, Any]) -> str:
 
 def to_json(report: dict[str, Any]) -> str:
     """Strict JSON: what is not a finite number becomes null."""
-
     return json.dumps(finite(report), indent=1, allow_nan=False) + "\n"

@@ -1,10 +1,15 @@
-"""The comparison from start to end: corpus, variants one after the other, checkpoints, reports."""
+"""The comparison from start to end: corpus, plan, runs one after the other, checkpoints, reports.
+
+A run is one variant with one seed. All variants are trained with a seed before the next one begins, so that whatever
+is there after an interruption can be compared.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,20 @@ import torch
 
 from ..environment import stamp
 from . import corpus as corpora
-from .memory import loss_memory
+from .budget import FIXED, SHARE, describe, fit
+from .budget import measure as measure_speed
+from .evidence import Run
+from .inference import measure
+from .markdown import markdown
+from .memory import loss_memory, training_memory
 from .page import render
 from .progress import Progress
 from .report import build, to_json
-from .settings import CompareError, Settings, ordered
-from .store import Store
+from .settings import CompareError, Settings, Variant, ordered, parse_duration
+from .store import PLAN, Store, checkpoint_name
 from .training import Data, Trainer
 
+DEFAULT_SEEDS = 1
 NEEDED = ("tqdm", "matplotlib", "jinja2")
 
 
@@ -40,7 +51,7 @@ def require_packages() -> None:
 
 
 def compare(settings: Settings, *, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Train and evaluate the chosen variants; write `report.json` and `report.html`; return the report.
+    """Train and evaluate the chosen variants; write `report.html`, `.md` and `.json`; return the report.
 
     An earlier run in `settings.out` with the same settings is continued. `should_stop` is asked after every training
     step; when it says yes, the state is saved, the reports are written and Interrupted is raised. Raises CompareError
@@ -71,47 +82,127 @@ def pick_device(name: str) -> torch.device:
 
 
 def _compare(settings: Settings, device: torch.device, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    text = corpora.load(
-        settings.data, vocab_size=settings.vocab_size, min_count=settings.min_count, max_tokens=settings.max_tokens
-    )
+    began = time.monotonic()
+    text = _load(settings, settings.max_tokens)
     facts = text.facts()
     config = settings.resolved(facts["tokens"]["train"]) | {"threads": torch.get_num_threads()}
     check_length(facts["tokens"], config["batch"], config["bptt"])
-    data = Data.of(text, config["batch"], device)
     variants = ordered(settings.variants)
+    identity = config | {"corpus": facts["sha256"]}
+    store = Store(settings.out)
+    plan = None if settings.budget is None or settings.fresh else store.planned(identity)
     try:
+        data = Data.of(text, config["batch"], device)
         trainers = [Trainer(v, config, data, device) for v in variants]
+        if settings.budget is not None:
+            plan = plan or _plan(settings, trainers, facts["tokens"], config, began)
+            config |= {name: plan[name] for name in ("epochs", "decay_after", "max_tokens")}
+            if plan["max_tokens"] is not None:
+                text = _load(settings, plan["max_tokens"])
+                facts, data = text.facts(), Data.of(text, config["batch"], device)
+            trainers = [Trainer(v, config, data, device) for v in variants]
         n_tokens = config["batch"] * config["bptt"]
-        memory = {t.variant.name: loss_memory(t.model, t.loss, n_tokens) for t in trainers}
+        memory = {}
+        for t in trainers:
+            layer = loss_memory(t.model, t.loss, n_tokens)
+            memory[t.variant.name] = {
+                "loss_memory": layer,
+                "training_memory": training_memory(t.model, t.optimizer, layer),
+            }
     except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
         raise CompareError(str(error).splitlines()[0]) from None
-    store = Store(settings.out)
-    resumed = store.open(config | {"corpus": facts["sha256"]}, fresh=settings.fresh)
-    for trainer in trainers:
-        state = store.load(trainer.variant.name, device)
+    n_steps = trainers[0].steps_per_epoch * config["epochs"]
+    del trainers
+    resumed = store.open(identity | ({PLAN: plan} if plan else {}), fresh=settings.fresh)
+    n_seeds = plan["seeds"] if plan else settings.seeds or DEFAULT_SEEDS
+    grid = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
+
+    def trainer_of(seed: int, variant: Variant) -> Trainer:
+        trainer = Trainer(variant, config | {"seed": seed}, data, device)
+        state = store.load(checkpoint_name(variant.name, seed, settings.seed), device)
         if state is not None:
             trainer.load_state_dict(state)
+        return trainer
+
+    runs: dict[tuple[int, str], Run] = {}
+
+    def note(seed: int, trainer: Trainer) -> int:
+        if trainer.steps_done:
+            runs[seed, trainer.variant.name] = Run(seed, trainer.result(), trainer.test_losses)
+        return trainer.steps_done
 
     def report() -> dict[str, Any]:
-        results = {
-            t.variant.name: t.result() | {"loss_memory": memory[t.variant.name]} for t in trainers if t.steps_done
-        }
-        built = build(config, facts, stamp(device), {v.name: results.get(v.name) for v in variants})
+        by_variant = {v.name: [runs[s, v.name] for s, w in grid if w is v and (s, v.name) in runs] for v in variants}
+        complete = len(runs) == len(grid) and all(run.done for run in runs.values())
+        use = measure({v.name: trainer_of(settings.seed, v) for v in variants}) if complete else {}
+        seeds = sorted({seed for seed, _ in grid})
+        built = build(
+            config | {"seeds": seeds},
+            facts,
+            stamp(device),
+            by_variant,
+            memory=memory,
+            inference=use,
+            plan=plan and plan | {"budget": settings.budget, "text": describe(plan, str(settings.budget))},
+            price_per_hour=settings.price_per_hour,
+            request={"data": settings.data, "tokenizer": settings.tokenizer, "out": settings.out},
+        )
         store.write("report.json", to_json(built))
         store.write("report.html", render(built))
+        store.write("report.md", markdown(built))
         return built
 
-    n_steps = trainers[0].steps_per_epoch * config["epochs"]
-    progress = Progress(n_steps * len(trainers), sum(t.steps_done for t in trainers), quiet=settings.quiet)
+    done = 0
+    for seed, variant in grid:
+        if store.has(checkpoint_name(variant.name, seed, settings.seed)):
+            done += note(seed, trainer_of(seed, variant))
+    progress = Progress(n_steps * len(grid), done, quiet=settings.quiet)
     try:
-        if resumed and any(t.steps_done for t in trainers):
+        if plan:
+            progress.say(describe(plan, str(settings.budget)))
+        if resumed and runs:
             progress.say(f"continuing the comparison in {store.path}")
-        for trainer in trainers:
-            if not _train(trainer, store, progress, settings.checkpoint_every, should_stop):
+        for seed, variant in grid:
+            if (seed, variant.name) in runs and runs[seed, variant.name].done:
+                continue
+            trainer = trainer_of(seed, variant)
+            label = variant.label if n_seeds == 1 else f"{variant.label} seed {seed}"
+            save = partial(store.save, checkpoint_name(variant.name, seed, settings.seed))
+            finished = _train(trainer, label, save, progress, settings.checkpoint_every, should_stop)
+            note(seed, trainer)
+            if not finished:
                 raise Interrupted(report())
     finally:
         progress.close()
     return report()
+
+
+def _load(settings: Settings, max_tokens: int | None) -> corpora.Corpus:
+    return corpora.load(
+        settings.data,
+        vocab_size=settings.vocab_size,
+        min_count=settings.min_count,
+        max_tokens=max_tokens,
+        tokenizer=settings.tokenizer,
+    )
+
+
+def _plan(
+    settings: Settings, trainers: list[Trainer], tokens: dict[str, int], config: dict[str, Any], began: float
+) -> dict[str, Any]:
+    """What fits into the budget, less the time since `began`."""
+    budget = parse_duration(str(settings.budget))
+    speed = measure_speed(trainers, budget)
+    seconds = SHARE * (budget - FIXED - (time.monotonic() - began))
+    return fit(
+        speed,
+        tokens,
+        seconds,
+        config,
+        seeds=settings.seeds,
+        epochs=settings.epochs,
+        decay_after=settings.decay_after,
+    )
 
 
 def check_length(tokens: dict[str, int], batch: int, bptt: int) -> None:
@@ -124,25 +215,32 @@ def check_length(tokens: dict[str, int], batch: int, bptt: int) -> None:
             )
 
 
-def _train(trainer: Trainer, store: Store, progress: Progress, every: float, should_stop: Callable[[], bool]) -> bool:
+def _train(
+    trainer: Trainer,
+    label: str,
+    save: Callable[[dict[str, Any]], None],
+    progress: Progress,
+    every: float,
+    should_stop: Callable[[], bool],
+) -> bool:
     """Train one variant, saving every `every` seconds, after each epoch and when told to stop; False if stopped."""
-    variant, epochs = trainer.variant, trainer.settings["epochs"]
+    epochs = trainer.settings["epochs"]
     saved = time.monotonic()
     for event in trainer.run():
         if event == "step":
-            progress.step(variant, trainer.epoch + 1, epochs)
+            progress.step(label, trainer.epoch + 1, epochs)
         elif event == "epoch":
-            progress.epoch(variant, trainer.curves[-1], epochs)
+            progress.epoch(label, trainer.curves[-1], epochs)
         stop = should_stop() and not trainer.done
         if stop or event != "step" or time.monotonic() - saved >= every:
-            store.save(variant.name, trainer.state_dict())
+            save(trainer.state_dict())
             saved = time.monotonic()
         if stop:
             return False
     return True
 
 
-def report_paths(out: str) -> tuple[Path, Path]:
-    """Where the reports of a comparison in `out` lie: HTML, JSON."""
+def report_paths(out: str) -> tuple[Path, Path, Path]:
+    """Where the reports of a comparison in `out` lie: HTML, Markdown, JSON."""
     path = Store(out).path
-    return path / "report.html", path / "report.json"
+    return path / "report.html", path / "report.md", path / "report.json"

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 MODELS = ("lstm", "transformer")
+SMALL = 300_000  # training tokens below which a text gets a smaller batch and more epochs
+NOT_RESOLVED = (
+    "data", "out", "variants", "seeds", "price_per_hour", "tokenizer", "checkpoint_every", "quiet", "fresh",
+)  # fmt: skip
+UNITS = {"s": 1, "m": 60, "h": 3600}
+LOSS_OPTIONS = ("temperature", "gamma")
 
 
 class CompareError(ValueError):
@@ -78,7 +87,11 @@ class Settings:
     impl: str = "auto"
     threads: int | None = None
     device: str = "cpu"
-    seed: int = 1
+    seed: int = 1  # the first
+    seeds: int | None = None  # how many, counted up from `seed`
+    budget: str | None = None  # wall-clock time such as "15m"; decides what is None, and shortens the text if need be
+    price_per_hour: float | None = None  # of the machine, in any currency
+    tokenizer: str | None = None  # a Hugging Face tokenizer.json instead of a vocabulary of words
     vocab_size: int = 10_000
     min_count: int = 2
     max_tokens: int | None = None  # of the training split
@@ -95,7 +108,7 @@ class Settings:
             raise CompareError(f"unknown variant {named}: expected some of {','.join(VARIANTS)}")
         if len(set(self.variants)) != len(self.variants):
             raise CompareError(f"a variant is named twice in {','.join(self.variants)}")
-        for name in ("epochs", "hidden", "layers", "batch", "bptt", "threads", "min_count", "max_tokens"):
+        for name in ("epochs", "hidden", "layers", "batch", "bptt", "threads", "seeds", "min_count", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CompareError(f"{name}={value}: expected at least 1")
@@ -109,14 +122,22 @@ class Settings:
             raise CompareError(f"dropout={self.dropout}: expected a probability in [0, 1)")
         if not 0 <= self.gamma < float("inf"):
             raise CompareError(f"gamma={self.gamma}: expected 0 or more")
-        if self.decay_after is not None and self.decay_after < 0:
-            raise CompareError(f"decay_after={self.decay_after}: expected 0 or more")
+        for name in ("decay_after", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise CompareError(f"{name}={value}: expected 0 or more")
+        if self.budget is not None:
+            parse_duration(self.budget)
 
     def resolved(self, n_train: int) -> dict[str, Any]:
-        """Every setting that influences the numbers, defaults filled in for a corpus of `n_train` tokens."""
-        small = n_train < 300_000
+        """Every setting that influences the numbers of one run, defaults filled in for a corpus of `n_train` tokens.
+
+        The text and its tokenizer are not among them: the corpus has a digest. More seeds and variants can be added to
+        a comparison, so they are not either.
+        """
+        small = n_train < SMALL
         settings = asdict(self)
-        for name in ("data", "out", "variants", "checkpoint_every", "quiet", "fresh"):
+        for name in NOT_RESOLVED:
             del settings[name]
         defaults = {
             "batch": 10 if small else 20,
@@ -136,3 +157,44 @@ def ordered(variants: Iterable[str]) -> list[Variant]:
     """The chosen variants in the order of the report, the baseline first."""
     chosen = set(variants)
     return [v for v in VARIANTS.values() if v.name in chosen]
+
+
+def parse_duration(text: str) -> float:
+    """`"90s"`, `"15m"`, `"1.5h"` or a number of seconds -> seconds. Raises CompareError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip().lower())
+    if not match or not float(match[1]):
+        raise CompareError(f"{text!r} is not a time: expected a number above 0 with s, m or h, such as 90s, 15m, 2h")
+    return float(match[1]) * UNITS[match[2] or "s"]
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a configuration file, such as the `best.json` of `tiedkl tune`: keywords for `Settings`.
+
+    The file is a JSON object, either of settings or with one under "settings". Raises CompareError, with the reason,
+    when it cannot be read or holds a setting that `Settings` does not have.
+    """
+    try:
+        content = json.loads(Path(path).expanduser().read_text("utf-8"))
+    except OSError as error:
+        raise CompareError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CompareError(f"{path}: not JSON ({error})") from None
+    values = content.get("settings", content) if isinstance(content, dict) else None
+    if not isinstance(values, dict):
+        raise CompareError(f"{path}: expected a JSON object of settings")
+    unknown = sorted(values.keys() - {field.name for field in fields(Settings)})
+    if unknown:
+        raise CompareError(f"{path}: unknown settings {', '.join(unknown)}")
+    try:
+        Settings(**values)
+    except TypeError as error:
+        raise CompareError(f"{path}: a setting has the wrong type ({error})") from None
+    except CompareError as error:
+        raise CompareError(f"{path}: {error}") from None
+    return values
+
+
+def load_loss_options(path: str | Path) -> dict[str, float]:
+    """The part of a configuration file that `tiedkl.FusedTiedLoss(**options)` takes: temperature and gamma."""
+    values = load_config(path)
+    return {name: values[name] for name in LOSS_OPTIONS if name in values}

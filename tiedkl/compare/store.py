@@ -13,7 +13,8 @@ import torch
 from .settings import CompareError
 
 CONFIG = "config.json"
-REPORTS = ("report.json", "report.html")
+REPORTS = ("report.json", "report.html", "report.md")
+PLAN = "plan"  # what `--budget` decided: kept, not compared
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -27,6 +28,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise CompareError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that differ, the plan apart; one that is missing counts as None."""
+    return [k for k in sorted((old.keys() | new.keys()) - {PLAN}) if old.get(k) != new.get(k)]
+
+
+def checkpoint_name(variant: str, seed: int, first: int) -> str:
+    """`real` for the first seed of a comparison, `real-2` for another."""
+    return variant if seed == first else f"{variant}-{seed}"
 
 
 class Store:
@@ -57,8 +68,16 @@ class Store:
             raise CompareError(f"{self.path / CONFIG}: not readable; use --fresh or another --out") from None
         return False
 
+    def planned(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The plan of an earlier run of the same configuration, if there is one."""
+        try:
+            old = json.loads((self.path / CONFIG).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return old.get(PLAN) if isinstance(old, dict) and not _changed(old, config) else None
+
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        changed = _changed(old, new)
         if changed:
             what = "; ".join("the text" if k == "corpus" else f"{k}={old.get(k)}, now {new.get(k)}" for k in changed)
             raise CompareError(
@@ -77,6 +96,9 @@ class Store:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(self.path / f"{variant}.pt", buffer.getvalue())
+
+    def has(self, variant: str) -> bool:
+        return (self.path / f"{variant}.pt").exists()
 
     def load(self, variant: str, device: torch.device) -> dict[str, Any] | None:
         """The variant's checkpoint, if there is one. Raises CompareError when it cannot be read."""

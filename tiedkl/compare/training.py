@@ -39,7 +39,7 @@ class Data:
     @classmethod
     def of(cls, corpus: Corpus, n_seq: int, device: torch.device) -> Data:
         """Lay the corpus out in `n_seq` columns."""
-        pairs = [tuple(t.to(device) for t in batches(getattr(corpus, split), n_seq)) for split in SPLITS]
+        pairs = [tuple(t.to(device) for t in batches(getattr(corpus, split), n_seq, corpus.eos)) for split in SPLITS]
         return cls(len(corpus.words), *pairs)  # type: ignore[arg-type]
 
 
@@ -71,10 +71,11 @@ class Trainer:
         self.curves: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}  # epoch, valid_ppl, weights
         self.test_ppl: float | None = None
+        self.test_losses: Tensor | None = None  # float32, of each test token in the order of the text
 
     @property
     def done(self) -> bool:
-        return self.test_ppl is not None
+        return self.test_losses is not None
 
     @property
     def steps_done(self) -> int:
@@ -91,7 +92,8 @@ class Trainer:
         if not self.done:
             began = time.perf_counter()
             self.model.load_state_dict(self.best["weights"])
-            self.test_ppl = perplexity(self.evaluate(self.data.test))
+            self.test_losses = self.token_losses(self.data.test)
+            self.test_ppl = perplexity(float(self.test_losses.double().mean()))
             self.seconds += time.perf_counter() - began
             yield "done"
 
@@ -163,6 +165,18 @@ class Trainer:
             total += float(self.loss.cross_entropy(self.model, hidden, y))
         return total / int((targets >= 0).sum())
 
+    @torch.no_grad()
+    def token_losses(self, split: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy of each token of a split, float32 (n_tokens,) on the CPU, in the order of the text."""
+        self.model.eval()
+        inputs, targets = split
+        state, rows = self.model.body.start(inputs.shape[1]), []
+        for x, y in zip(inputs.split(self.settings["bptt"]), targets.split(self.settings["bptt"]), strict=True):
+            hidden, state = self.model(x, state, self.generator)
+            rows.append(self.loss.token_cross_entropy(self.model, hidden, y))
+        columns = torch.cat(rows).T.reshape(-1)  # a column is consecutive text
+        return columns[targets.T.reshape(-1) >= 0].float().cpu()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint must hold; tensors, numbers, strings and containers only."""
         return {
@@ -172,7 +186,8 @@ class Trainer:
             **{name: getattr(self, name) for name in self._PLAIN},
         }
 
-    _PLAIN = ("epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl")
+    _PLAIN = ("epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl", "test_losses")
+    _NEW = ("test_losses",)  # missing in checkpoints of earlier versions
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; the numbers that follow are the same to the last bit."""
@@ -180,7 +195,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         for name in self._PLAIN:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name) if name in self._NEW else state[name])
+        if self.test_losses is not None:
+            self.test_losses = self.test_losses.cpu()
 
     def result(self) -> dict[str, Any]:
         """The variant's part of the report (see report.py)."""
@@ -191,7 +208,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "best_epoch": self.best.get("epoch"),
             "valid_ppl": self.best.get("valid_ppl"),
-            "test_ppl": self.test_ppl,
+            "test_ppl": self.test_ppl if self.done else None,
             "tokens_per_second": self.trained["tokens"] / self.trained["seconds"] if self.steps_done else None,
             "seconds": self.seconds,
             "curves": self.curves,

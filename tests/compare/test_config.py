@@ -1,0 +1,67 @@
+"""Configuration files: what they may hold, and that options given on the command line come first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiedkl.cli import compare as command
+from tiedkl.compare import CompareError
+from tiedkl.compare.settings import load_config, load_loss_options
+
+from .test_command import parser
+
+
+def write(path: Path, content: Any) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_settings_alone_or_under_a_key(tmp_path: Path) -> None:
+    values = {"lr": 2.0, "gamma": 0.7, "temperature": 9.0}
+    for content in (values, {"settings": values, "trials": []}):
+        file = write(tmp_path / "c.json", content)
+        assert load_config(file) == values
+        assert load_loss_options(file) == {"gamma": 0.7, "temperature": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ([], "expected a JSON object"),
+        ({"settings": 3}, "expected a JSON object"),
+        ({"learning_rate": 1}, "unknown settings learning_rate"),
+        ({"lr": -1}, "lr=-1"),
+        ({"lr": "fast"}, "wrong type"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(CompareError, match=rf"c\.json: .*{message}"):
+        load_config(write(tmp_path / "c.json", content))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match="No such file"):
+        load_config(tmp_path / "absent.json")
+
+
+def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "c.json", {"lr": 2.0, "dropout": 0.1, "gamma": 0.7, "tied_bias": True})
+    seen: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def compare(settings: Any, **_: Any) -> None:
+        seen.append(settings)
+        raise Stop
+
+    monkeypatch.setattr("tiedkl.compare.runner.compare", compare)
+    argv = ["compare", "--dropout", "0.3", "--config", file, "--lr", "1.5", "--no-tied-bias"]
+    with pytest.raises(Stop):
+        command.run(parser().parse_args(argv))
+    assert (seen[0].lr, seen[0].dropout, seen[0].gamma, seen[0].tied_bias) == (1.5, 0.3, 0.7, False)

@@ -1,0 +1,150 @@
+"""Intervals and p-values against tables, exact formulas, and simulated texts with a known truth."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from tiedkl.compare import statistics as st
+from tiedkl.compare.evidence import Run, adjust, against, mean_curves, perplexity_interval
+
+# two-sided 5% points and a tail, from printed tables (Abramowitz and Stegun 26.10; R's pt)
+T_TABLE = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 9: 2.26216, 10: 2.22814, 30: 2.04227}
+
+
+@pytest.mark.parametrize("df", T_TABLE)
+def test_student_quantiles(df: int) -> None:
+    assert st.t_quantile(df) == pytest.approx(T_TABLE[df], abs=1e-4)
+    assert st.two_sided_p(T_TABLE[df], df) == pytest.approx(0.05, abs=1e-5)
+
+
+def test_student_tail_and_normal_limit() -> None:
+    assert st.two_sided_p(2.0, 5) == pytest.approx(0.1019395, abs=1e-6)
+    assert st.two_sided_p(-2.0, 5) == st.two_sided_p(2.0, 5)
+    assert st.two_sided_p(0.0, 4) == 1.0
+    assert st.t_quantile(st.MAX_DF) == pytest.approx(1.96, abs=0.003)
+
+
+def test_interval_over_seeds() -> None:
+    interval = st.over_seeds([1.0, 2.0, 4.0])
+    assert interval is not None
+    assert interval.mean == pytest.approx(7 / 3)
+    assert interval.error == pytest.approx(math.sqrt((7 / 3) / 3))  # variance 7/3 of three values
+    assert interval.high - interval.mean == pytest.approx(4.30265 * interval.error, rel=1e-5)
+    assert st.over_seeds([1.0]) is None
+    same = st.over_seeds([0.5, 0.5])
+    assert same is not None
+    assert (same.low, same.high, same.p) == (0.5, 0.5, 0.0)
+
+
+def test_bootstrap_of_independent_tokens_is_the_usual_interval() -> None:
+    d = torch.randn(6000, generator=torch.Generator().manual_seed(3)).double()
+    d = (d - d.mean()) / d.std() + 0.03
+    interval = st.over_text(d)
+    error = 1 / math.sqrt(6000)
+    assert interval.mean == pytest.approx(0.03)
+    assert interval.error == pytest.approx(error, rel=0.15)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert interval.p == pytest.approx(math.erfc(0.03 / error / math.sqrt(2)), abs=0.02)
+    assert st.over_text(d) == interval  # its own generator
+    assert st.over_text(d - 0.03).p > 0.9
+    assert st.over_text(d + 1).p == pytest.approx(1 / (1 + st.RESAMPLES))
+
+
+def test_bootstrap_sees_that_neighbours_depend_on_each_other() -> None:
+    """Each value ten times in a row: a tenth of the evidence, so an interval wider by sqrt(10)."""
+    d = torch.randn(640, generator=torch.Generator().manual_seed(4)).repeat_interleave(10)
+    wanted = float(d.std()) / math.sqrt(640)
+    assert st.over_text(d).error == pytest.approx(wanted, rel=0.2)
+    assert st.over_text(d).error > 2.5 * wanted / math.sqrt(10)
+
+
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Autoregressive texts of mean 0: between 90 and 99% of 95% intervals hold it, and 5% of p-values are below 5%."""
+    generator = torch.Generator().manual_seed(5)
+    held = 0
+    for _ in range(200):
+        noise = torch.randn(900, generator=generator).double()
+        d = torch.nn.functional.conv1d(noise.view(1, 1, -1), torch.tensor([[[0.25, 0.5, 1.0]]]).double()).view(-1)
+        interval = st.over_text(d, resamples=500)
+        held += interval.low <= 0 <= interval.high
+        assert (interval.p < 0.03) <= (not interval.low <= 0 <= interval.high)
+    assert 180 <= held <= 198
+
+
+def test_both_sources_of_chance_add() -> None:
+    seeds = st.Interval(0.1, 0, 0, 0.5, 0.03, 2)
+    text = st.Interval(0.1, 0, 0, 0.5, 0.04, None)
+    both = st.over_both(seeds, text)
+    assert both.error == pytest.approx(0.05)
+    df = int(0.05**4 * 2 / 0.03**4)
+    assert both.df == df == 15
+    assert both.high - both.mean == pytest.approx(st.t_quantile(15) * 0.05)
+    assert st.over_both(seeds._replace(error=0.0), text).error == pytest.approx(0.04)
+
+
+def test_holm() -> None:
+    assert st.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert st.holm({"a": 0.4, "b": 0.9}) == pytest.approx({"a": 0.8, "b": 0.9})
+    assert st.holm({}) == {}
+
+
+def run(seed: int, shift: float, n: int = 400) -> Run:
+    """A run whose losses share their noise with every other run, and part of it with runs of the same seed."""
+    noise = torch.Generator().manual_seed(1)
+    own = random.Random(seed).gauss(0, 0.05)
+    losses = 4 + torch.randn(n, generator=noise) + own + shift
+    return Run(seed, {"curves": []}, losses)
+
+
+def test_pairs_cancel_what_they_share() -> None:
+    base, better = [run(s, 0.0) for s in (1, 2, 3)], [run(s, -0.02) for s in (1, 2, 3)]
+    found = against(base, better)
+    assert found is not None
+    assert found["seeds"] == [1, 2, 3]
+    assert found["percent"] == pytest.approx(100 * math.expm1(-0.02), abs=1e-3)
+    low, high = found["over_both"]["percent"]
+    assert low == pytest.approx(high, abs=1e-2)  # nothing but the shift differs
+    assert found["test_ppl"][0] < found["test_ppl"][1]
+    unpaired = perplexity_interval(better)
+    assert unpaired is not None
+    assert unpaired[1] / unpaired[0] > 1.1
+
+
+def test_only_seeds_that_both_have_finished_count() -> None:
+    base, other = [run(1, 0.0), run(2, 0.0)], [run(2, 0.1), Run(3, {"curves": []}, None)]
+    found = against(base, other)
+    assert found is not None
+    assert found["seeds"] == [2]
+    assert found["over_seeds"] is None
+    assert found["over_both"] is None
+    assert against(base, [run(3, 0.0)]) is None
+    assert against([], base) is None
+
+
+def test_adjusting_leaves_the_plain_p_values() -> None:
+    base = [run(1, 0.0)]
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(9)) * 0.2
+    changes = {k: against(base, [Run(1, {}, base[0].losses + noise * s + 0.01)]) for k, s in (("a", 1), ("b", 2))}
+    plain = {k: c["over_text"]["p"] for k, c in changes.items() if c}
+    adjust({**changes, "c": None})
+    for k, p in st.holm(plain).items():
+        assert changes[k]["over_text"]["p_holm"] == p
+        assert changes[k]["over_text"]["p"] == plain[k]
+    assert any(changes[k]["over_text"]["p_holm"] > plain[k] for k in plain)
+
+
+def test_curves_are_means_of_the_seeds_that_got_so_far() -> None:
+    def row(ce: float) -> dict[str, object]:
+        return {"epoch": 1, "lr": 1.0, "train_ce": ce, "train_kl": None, "valid_ce": ce, "valid_ppl": math.exp(ce),
+                "tokens_per_second": 10.0}  # fmt: skip
+
+    runs = [Run(1, {"curves": [row(1.0), row(0.5)]}, None), Run(2, {"curves": [row(3.0)]}, None)]
+    first, second = mean_curves(runs)
+    assert (first["seeds"], second["seeds"]) == (2, 1)
+    assert first["valid_ppl"] == pytest.approx(math.exp(2.0))
+    assert (first["valid_low"], first["valid_high"]) == (math.exp(1.0), math.exp(3.0))
+    assert second["valid_ppl"] == math.exp(0.5)

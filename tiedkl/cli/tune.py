@@ -1,0 +1,98 @@
+"""`tiedkl tune`: search gamma, temperature, learning rate and dropout on a text, and check the winner."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from ..compare.settings import MODELS, VARIANTS, CompareError
+from ..tune.settings import PRUNERS, TuneSettings
+from .compare import BAD_INPUT, INTERRUPTED, ctrl_c
+
+DATA = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
+OPTIONS = (
+    ("--data", DATA, str, "PATH", "Python's help texts"),
+    ("--out", "directory for the study and the result", str, "DIR", None),
+    ("--search", "some of gamma,temperature,lr,dropout, each with =LOW:HIGH or without", str, "LIST", "all four"),
+    ("--trials", "trials in all, those of earlier runs included", int, "N", None),
+    ("--timeout", "no trial begins after this time, and those under way stop: 90s, 10m, 2h", str, "TIME", "none"),
+    ("--jobs", "processes that share the study", int, "N", None),
+    ("--check", "other seeds to compare the winner with the defaults on", int, "N", None),
+    ("--epochs", "passes over the training text in a trial", int, "N", None),
+    ("--max-tokens", "training tokens of a trial, and a tenth of it for each other split", int, "N", None),
+    ("--hidden", "units a layer, and width of the embedding", int, "N", None),
+    ("--layers", "layers", int, "N", None),
+    ("--batch", "sequences trained side by side", int, "N", "by the size of the text"),
+    ("--bptt", "time steps of back-propagation", int, "N", None),
+    ("--lr", "default learning rate", float, "X", "1 for lstm, 0.001 for transformer"),
+    ("--dropout", "default dropout", float, "P", None),
+    ("--temperature", "default temperature", float, "X", None),
+    ("--gamma", "default gamma", float, "X", None),
+    ("--impl", "backend of the loss", str, "NAME", None),
+    ("--threads", "CPU threads of a process", int, "N", "PyTorch's choice, shared between the jobs"),
+    ("--device", "cpu or cuda", str, "NAME", None),
+    ("--seed", "seed of the search and of every trial", int, "N", None),
+    ("--vocab-size", "largest vocabulary", int, "N", None),
+    ("--min-count", "rarer words become <unk>", int, "N", None),
+    ("--tokenizer", "a Hugging Face tokenizer.json, instead of words", str, "FILE", "none"),
+)  # fmt: skip
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `tune`; every default comes from `TuneSettings`."""
+    default = {field.name: field.default for field in dataclasses.fields(TuneSettings)}
+    parser = subparsers.add_parser(
+        "tune",
+        help="search gamma, temperature, learning rate and dropout on your own text",
+        description="Searches settings of one variant with Optuna (TPE, hopeless trials are pruned) on a slice of the "
+        "text, a few epochs a trial. The first trial is the defaults. At the end the winner is compared with them "
+        "with other seeds on the test split. A search that was stopped is continued by the same command.",
+    )
+    for flag, text, kind, metavar, shown in OPTIONS:
+        value = default[flag.lstrip("-").replace("-", "_")]
+        parser.add_argument(flag, type=kind, metavar=metavar, default=value, help=f"{text} (default: {shown or value})")
+    for flag, choices, text in (
+        ("--variant", VARIANTS, "what is trained"),
+        ("--model", MODELS, "network"),
+        ("--pruner", PRUNERS, "what ends hopeless trials"),
+    ):
+        value = default[flag.lstrip("-")]
+        parser.add_argument(flag, choices=tuple(choices), default=value, help=f"{text} (default: {value})")
+    parser.add_argument("--fresh", action="store_true", help="discard an earlier study in --out and start again")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the search: 0 when done, 2 for bad input, 130 after Ctrl-C (best.json then holds the best so far)."""
+    from ..compare.report import aligned
+    from ..tune.report import table
+    from ..tune.search import Interrupted, tune
+
+    names = {field.name for field in dataclasses.fields(TuneSettings)}
+    status = 0
+    try:
+        settings = TuneSettings(**{name: value for name, value in vars(args).items() if name in names})
+        with ctrl_c() as pressed:
+            try:
+                found = tune(settings, say=nothing if args.quiet else say, should_stop=lambda: bool(pressed))
+            except Interrupted as stopped:
+                found, status = stopped.result, INTERRUPTED
+    except CompareError as error:
+        print(f"tiedkl tune: {error}", file=sys.stderr)
+        return BAD_INPUT
+    best = Path(settings.out).expanduser() / "best.json"
+    print(aligned(*table(found)), "", *found["verdict"], "", f"best: {best}, tune.md", sep="\n")
+    print(f"use:  tiedkl compare --config {best}")
+    return status
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def nothing(_: str) -> None:
+    """No progress."""

@@ -1,0 +1,138 @@
+"""From this test to production: a checklist in three stages, with the numbers of the report at hand."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from .memory import EAGER_MATRICES
+from .verdict import MARGIN
+
+MIB = 1 << 20
+PRODUCTION_TOKENS = 8192  # of one step, for the memory to expect
+BUDGET_MIB = 64  # scratch of the loss layer unless `workspace_bytes` says otherwise
+SEEDS = 3
+
+
+def checklist(report: dict[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Three stages, each with `stage`, and texts or lists: `seen`, `commands`, `go_on_if`, `monitor`, `memory`."""
+    variants = report["variants"]
+    name = _candidate(variants)
+    if name is None:
+        return []
+    v, config = variants[name], report["config"]
+    data = f" --data {shlex.quote(request['data'])}" if request.get("data") else ""
+    if request.get("tokenizer"):
+        data += f" --tokenizer {shlex.quote(request['tokenizer'])}"
+    arms = f"--variants baseline,{name}"
+    width = 650 if config["hidden"] < 650 else 2 * config["hidden"]
+    return [
+        _small(report, v, data, request),
+        _real(v, data, name, arms, width, config),
+        _production(report, v, config),
+    ]
+
+
+def _candidate(variants: dict[str, Any]) -> str | None:
+    """The variant to go on with: the best of those compared with the baseline."""
+    compared = {n: v["evidence"]["percent"] for n, v in variants.items() if v["evidence"]}
+    return min(compared, key=lambda n: compared[n]) if compared else None
+
+
+def _small(report: dict[str, Any], v: dict[str, Any], data: str, request: dict[str, Any]) -> dict[str, Any]:
+    evidence = v["evidence"]
+    sure = evidence["over_both"] or evidence["over_text"]
+    n = len(evidence["seeds"])
+    seen = [
+        f"{v['label']} changed test perplexity by {evidence['percent']:+.1f}% "
+        f"(95% interval {sure['percent'][0]:+.1f} to {sure['percent'][1]:+.1f}%, {n} seed{'' if n == 1 else 's'}).",
+        f"Parameters {v['change']['parameters']:+.0f}%; training speed {_speed(report, v)}.",
+        f"Vocabulary {report['corpus']['vocabulary']:,}; {100 * report['corpus']['oov_rate']['test']:.1f}% of the test "
+        "tokens are unknown to it.",
+    ]
+    out = shlex.quote(request.get("out") or "tiedkl-compare")
+    commands = [] if n >= SEEDS else [f"tiedkl compare{data} --out {out} --seeds {SEEDS}"]
+    return {
+        "stage": "Small A/B test (this report)",
+        "seen": seen,
+        "commands": commands,
+        "note": "The same command, with the options of this run, trains only what is missing." if commands else "",
+        "go_on_if": f"The interval of the change over seeds and text lies below -{MARGIN:.0f}%, and the change "
+        "is worth the training time it costs.",
+        "monitor": ["Unknown words: above some 5% of the test tokens, enlarge --vocab-size or use --tokenizer."],
+        "memory": f"{v['training_memory']['total_bytes'] / MIB:,.0f} MiB in training without activations "
+        f"(plain PyTorch: {v['training_memory']['eager_bytes'] / MIB:,.0f} MiB).",
+    }
+
+
+def _speed(report: dict[str, Any], v: dict[str, Any]) -> str:
+    base = report["variants"]["baseline"]["tokens_per_second"]
+    return f"{100 * (v['tokens_per_second'] / base - 1):+.0f}%" if base else "unknown"
+
+
+def _real(v: dict[str, Any], data: str, name: str, arms: str, width: int, config: dict[str, Any]) -> dict[str, Any]:
+    per_parameter = v["training_memory"]["total_bytes"] / max(1, v["parameters"])
+    return {
+        "stage": "Your real data, a larger model",
+        "seen": [
+            f"Tested so far: {config['layers']} layers of {config['hidden']} units. In the paper the gain of +REAL on "
+            "Penn Treebank was 5.3% at 200 units, 5.8% at 650 and 5.6% at 1500.",
+        ],
+        "commands": [
+            f"tiedkl tune{data} --variant {name}",
+            f"tiedkl compare{data} {arms} --config tiedkl-tune/best.json --hidden {width} --seeds {SEEDS} "
+            f"--out tiedkl-compare-{width}",
+        ],
+        "note": "",
+        "go_on_if": f"With {SEEDS} seeds the answer is Yes at this width too, the gain is at least half of the "
+        f"{v['evidence']['percent']:+.1f}% seen here, and training is not slower than you can pay.",
+        "monitor": [
+            "Validation perplexity of both arms after every epoch; stop an arm that diverges.",
+            f"KL on the training text: here it went {_kl(v)}." if v["augmented"] else
+            "Training cross-entropy against validation: a gap that grows is overfitting.",
+        ],
+        "memory": f"About {per_parameter:.0f} bytes a parameter in training here, without activations; the scratch of "
+        f"the loss stays within {BUDGET_MIB} MiB at any width.",
+    }  # fmt: skip
+
+
+def _kl(v: dict[str, Any]) -> str:
+    values = [row["train_kl"] for row in v["curves"] if row["train_kl"] is not None]
+    return f"from {values[0]:.3g} to {values[-1]:.3g} nats a token" if values else "unrecorded"
+
+
+def _production(report: dict[str, Any], v: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    n_vocab = report["corpus"]["vocabulary"]
+    eager = EAGER_MATRICES[v["augmented"]] * PRODUCTION_TOKENS * n_vocab * 4 / MIB
+    alpha = f"temperature={config['temperature']:g}, gamma={config['gamma']:g}" if v["augmented"] else "alpha=0.0"
+    cost = report["cost"].get(_name(report, v), {})
+    return {
+        "stage": "Production",
+        "seen": [
+            f"Here a million training tokens took {cost.get('seconds_per_million', 0):,.0f} s"
+            + (f" ({cost['price_per_million']:.3g} at your price)." if cost.get("price_per_million") else "."),
+        ],
+        "commands": [
+            "tiedkl doctor",
+            "tiedkl verify",
+            f"tiedkl bench --shapes {PRODUCTION_TOKENS},{n_vocab},{config['hidden']}",
+        ],
+        "note": f"In the training code: tiedkl.FusedTiedLoss({alpha}, return_terms=True)"
+        + (", with the embedding as its weight." if v["tied"] else ", with the embedding as target_weight."),
+        "go_on_if": "A training of full length in both arms, on one part of the real traffic, is better in your own "
+        "measure of quality, not only in perplexity; keep the old model ready until then.",
+        "monitor": [
+            "loss, ce and kl of TiedLossOutput, each apart; ce is what compares with the old model.",
+            "Gradient norm and the share of clipped steps in the first thousand steps.",
+            "Tokens a second and peak memory against the old model.",
+            f"Go back if validation perplexity at the same number of tokens is more than {MARGIN:.0f}% above the old "
+            "model's.",
+        ],
+        "memory": f"For a step of {PRODUCTION_TOKENS:,} tokens with this vocabulary plain PyTorch would hold "
+        f"{eager:,.0f} MiB of logits and probabilities; tiedkl keeps its scratch within {BUDGET_MIB} MiB. "
+        f"To use the model: {4 * v['parameters'] / MIB:,.1f} MiB of float32 parameters.",
+    }
+
+
+def _name(report: dict[str, Any], v: dict[str, Any]) -> str:
+    return next(name for name, other in report["variants"].items() if other is v)

@@ -1,0 +1,114 @@
+"""The variants' runs put together: means over seeds, and each variant against the baseline.
+
+Pairs are compared, never averages: the same seed gives two variants the same initial parameters, order of the text
+and dropout masks, and the same test token asks both the same question, so most of the chance cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .statistics import CONFIDENCE, Interval, block_length, holm, over_both, over_seeds, over_text, percent
+
+SAYS = {
+    "seeds": "would another random seed say the same about this test text? (Student's t over the seeds)",
+    "text": "would another text of the same kind say the same about these trained models? "
+    "(paired test, token by token, in blocks of consecutive tokens)",
+    "both": "would another seed and another text of the same kind say the same? (both sources of chance together)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant trained with one seed: `Trainer.result`, and the test losses (n_tokens,) once it is done."""
+
+    seed: int
+    result: dict[str, Any]
+    losses: Tensor | None
+
+    @property
+    def done(self) -> bool:
+        return self.losses is not None
+
+
+def finished(runs: list[Run]) -> dict[int, Run]:
+    return {run.seed: run for run in runs if run.done}
+
+
+def mean_ce(run: Run) -> float:
+    """Mean test cross-entropy in nats."""
+    if run.losses is None:
+        raise ValueError(f"seed {run.seed}: not evaluated yet")
+    return float(run.losses.double().mean())
+
+
+def perplexity_interval(runs: list[Run]) -> tuple[float, float] | None:
+    """Student's interval of the test perplexity over seeds, None with fewer than two."""
+    interval = over_seeds([mean_ce(run) for run in finished(runs).values()])
+    return interval and (math.exp(min(interval.low, 700)), math.exp(min(interval.high, 700)))
+
+
+def against(baseline: list[Run], variant: list[Run]) -> dict[str, Any] | None:
+    """What is known of the change of the test loss, over the seeds that both have finished; None without one."""
+    old, new = finished(baseline), finished(variant)
+    seeds = [seed for seed in new if seed in old]
+    if not seeds:
+        return None
+    pairs = [(new[s].losses, old[s].losses) for s in seeds]
+    per_token = torch.stack([a.double() - b.double() for a, b in pairs if a is not None and b is not None])
+    text = over_text(per_token.mean(0))
+    seed_interval = over_seeds(per_token.mean(1).tolist())
+    ppl = [math.exp(min(sum(mean_ce(part[s]) for s in seeds) / len(seeds), 700)) for part in (new, old)]
+    return {
+        "seeds": seeds,
+        "test_ppl": ppl,
+        "nats": text.mean,
+        "percent": percent(text.mean),
+        "confidence": CONFIDENCE,
+        "tokens": per_token.shape[1],
+        "block": block_length(per_token.shape[1]),
+        "over_text": _entry(text),
+        "over_seeds": None if seed_interval is None else _entry(seed_interval),
+        "over_both": None if seed_interval is None else _entry(over_both(seed_interval, text)),
+    }
+
+
+def _entry(interval: Interval) -> dict[str, Any]:
+    return {
+        "nats": [interval.low, interval.high],
+        "percent": [percent(interval.low), percent(interval.high)],
+        "standard_error": interval.error,
+        "p": interval.p,
+        "p_holm": interval.p,
+    }
+
+
+def adjust(changes: dict[str, dict[str, Any] | None]) -> None:
+    """Replace each `p_holm` by Holm's, over the variants that were compared with the baseline."""
+    for kind in ("over_text", "over_seeds", "over_both"):
+        entries = {name: c[kind] for name, c in changes.items() if c is not None and c[kind] is not None}
+        for name, p in holm({name: entry["p"] for name, entry in entries.items()}).items():
+            entries[name]["p_holm"] = p
+
+
+def mean_curves(runs: list[Run]) -> list[dict[str, Any]]:
+    """The epochs averaged over the seeds that have them; `valid_low` and `valid_high` are the extremes."""
+    longest: list[dict[str, Any]] = max((run.result["curves"] for run in runs), key=len, default=[])
+    rows = []
+    for k, first in enumerate(longest):
+        same = [run.result["curves"][k] for run in runs if len(run.result["curves"]) > k]
+        row = dict(first)
+        for key in ("train_ce", "train_kl", "valid_ce", "tokens_per_second"):
+            if first[key] is not None:
+                row[key] = math.fsum(r[key] for r in same) / len(same)
+        ppl = [r["valid_ppl"] for r in same]
+        row |= {"valid_low": min(ppl), "valid_high": max(ppl), "seeds": len(same)}
+        if len(same) > 1:
+            row["valid_ppl"] = math.exp(min(row["valid_ce"], 700))
+        rows.append(row)
+    return rows

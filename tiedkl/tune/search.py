@@ -1,0 +1,149 @@
+"""The search from start to end: open or continue the study, run trials, check the winner, write the result."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compare.evidence import Run, against
+from ..compare.settings import parse_duration
+from ..compare.store import Store
+from . import report
+from .settings import TuneSettings
+from .study import clear, finished, locked, open_study, optuna, recover
+from .worker import Stopped, Task, child, work
+
+
+class Interrupted(Exception):
+    """The search was asked to stop; the study is whole, and `result` holds what it has found so far."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def tune(
+    settings: TuneSettings,
+    *,
+    say: Callable[[str], None] = _silent,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Search, or continue the search in `settings.out`; write `best.json` and `tune.md`; return the result (report.py).
+
+    `say` gets a line after each trial; with several jobs it must be a function that can be pickled. `should_stop` is
+    asked after every training step; when it says yes, Interrupted is raised. Raises CompareError for what the user has
+    to change.
+    """
+    optuna()
+    deadline = None if settings.timeout is None else time.time() + parse_duration(settings.timeout)
+    threads_before, out = torch.get_num_threads(), Path(settings.out).expanduser()
+    stopped = False
+    try:
+        with locked(out):
+            if settings.fresh:
+                clear(out)
+            task = Task(settings)
+            study = open_study(settings, task.identity)
+            lost, n_done = recover(study), len(finished(study))
+            if n_done or lost:
+                again = f", {lost} that were interrupted are repeated" if lost else ""
+                say(f"continuing the study in {out}: {n_done} trials done{again}")
+            left = settings.trials - n_done
+            if left > 0:
+                _run(settings, left, deadline, say, should_stop)
+            stopped = should_stop()
+            torch.set_num_threads(threads_before if settings.threads is None else settings.threads)
+            checked = None
+            if not stopped and settings.check and len(finished(study)) >= settings.trials:
+                checked = _check(settings, task, study, out, say, should_stop)
+                stopped = should_stop()
+            result = report.write_best(study, settings, task, out, checked)
+    finally:
+        torch.set_num_threads(threads_before)
+    if stopped:
+        raise Interrupted(result)
+    return result
+
+
+def _run(
+    settings: TuneSettings,
+    left: int,
+    deadline: float | None,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """`left` trials, shared between the jobs."""
+    jobs = min(settings.jobs, left)
+    if jobs == 1:
+        work(settings, left, 0, deadline, say, should_stop)
+        return
+    context = multiprocessing.get_context("spawn")
+    shares = [left // jobs + (k < left % jobs) for k in range(jobs)]
+    processes = [
+        context.Process(target=child, args=(settings, share, k, deadline, say, os.getpid()), name=f"tune-{k}")
+        for k, share in enumerate(shares)
+    ]
+    for process in processes:
+        process.start()
+    told = False
+    for process in processes:
+        while process.is_alive():
+            process.join(0.2)
+            if should_stop() and not told:  # a signal to this process alone
+                told = True
+                for other in processes:
+                    if other.is_alive() and other.pid:
+                        os.kill(other.pid, signal.SIGINT)
+    failed = [p.name for p in processes if p.exitcode]
+    if failed and not should_stop():
+        raise RuntimeError(f"{', '.join(failed)} ended with an error; what was found is kept in {settings.out}")
+
+
+def _check(
+    settings: TuneSettings,
+    task: Task,
+    study: Any,
+    out: Path,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """Winner and defaults with other seeds, on the test split, which no trial has seen; None when stopped.
+
+    Finished trainings are kept in files, so that a check goes on where it was stopped.
+    """
+    defaults, best = report.pair(study)
+    if defaults is None or best is None or best.number == defaults.number:
+        return None
+    store = Store(str(out))
+    runs: dict[int, list[Run]] = {defaults.number: [], best.number: []}
+    for seed in range(settings.seed + 1, settings.seed + 1 + settings.check):
+        for trial in (defaults, best):
+            name = f"check-{trial.number}-{seed}"
+            kept = store.load(name, torch.device("cpu"))
+            if kept is None:
+                try:
+                    trainer = task.train(trial.params, seed, lambda *_: None, should_stop, test=True)
+                except Stopped:
+                    return None
+                kept = {"valid_ppl": trainer.best["valid_ppl"], "losses": trainer.test_losses}
+                store.save(name, kept)
+            runs[trial.number].append(Run(seed, {"valid_ppl": kept["valid_ppl"]}, kept["losses"]))
+        say(
+            f"check with seed {seed}: valid ppl {runs[defaults.number][-1].result['valid_ppl']:.2f} (defaults), "
+            f"{runs[best.number][-1].result['valid_ppl']:.2f} (best)"
+        )
+    evidence = against(runs[defaults.number], runs[best.number])
+    valid = [{"seed": a.seed, "defaults": a.result["valid_ppl"], "best": b.result["valid_ppl"]}
+             for a, b in zip(*runs.values(), strict=True)]  # fmt: skip
+    return {"trial": best.number, "valid_ppl": valid, "test": evidence}

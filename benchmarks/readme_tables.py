@@ -120,7 +120,7 @@ def accuracy(report: dict[str, Any]) -> str:
         for dtype in DTYPES:
             found = [suite.get((impl, dtype, quantity)) for quantity in QUANTITIES]
             if any(found):
-                cells = [f"{r['value']:.2f}" if r else "-" for r in found]
+                cells = ["-" if not r else "<0.01" if r["value"] < 0.005 else f"{r['value']:.2f}" for r in found]
                 lines.append(f"| {impl} | {dtype} | " + " | ".join(cells) + " |")
     breaches = report["verify"]["breaches"]
     bounds = sum(report["verify"]["bounds"].values())

@@ -48,6 +48,7 @@ def test_bootstrap_of_independent_tokens_is_the_usual_interval() -> None:
     assert interval.mean == pytest.approx(0.03)
     assert interval.error == pytest.approx(error, rel=0.15)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert (interval.low + interval.high) / 2 == pytest.approx(0.03, abs=0.15 * error)
     assert interval.p == pytest.approx(math.erfc(0.03 / error / math.sqrt(2)), abs=0.02)
     assert st.over_text(d) == interval  # its own generator
     assert st.over_text(d - 0.03).p > 0.9

@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
             gradient_checkpointing=False,
             completion_only_loss=True,
             max_length=LENGTH,
+            loss_type="nll",
             learning_rate=3e-3,
             logging_steps=steps // 6,
             save_strategy="no",

@@ -246,6 +246,17 @@ def test_word2vec_binary(tmp_path: Path, end: bytes, name: str) -> None:
     assert (report.format, report.rows) == ("binary", 5)
 
 
+def test_a_word2vec_file_longer_than_one_read(tmp_path: Path) -> None:
+    n, width = 3000, 200  # 2.4 MB, read 1 MiB at a time
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(0))
+    body = b"".join(f"w{i} ".encode() + row.numpy().tobytes() + b"\n" for i, row in enumerate(rows))
+    path = tmp_path / "long.bin"
+    path.write_bytes(f"{n} {width}\n".encode() + body)
+    got, report = load_embeddings(path, [f"w{i}" for i in range(n)], missing="error")
+    assert torch.equal(got, rows)
+    assert report.rows == n
+
+
 def test_word2vec_binary_refuses(tmp_path: Path) -> None:
     path = tmp_path / "v.bin"
     path.write_bytes(binary(rows=9))
@@ -254,6 +265,9 @@ def test_word2vec_binary_refuses(tmp_path: Path) -> None:
     path.write_bytes(LINES[0].encode())
     with pytest.raises(ValueError, match="does not start with 'rows width'"):
         load_embeddings(path, WORDS)
+    path.write_bytes(b"1 1\ncat " + struct.pack("<f", float("nan")))
+    with pytest.raises(ValueError, match="vector of 'cat' has a number that is not finite"):
+        load_embeddings(path, ["cat"])
     path.write_bytes(b"1 1\n\xff\xfe \x00\x00\x00\x00")
     with pytest.raises(ValueError, match=r"row 1: the word b'\\xff\\xfe' is not utf-8"):
         load_embeddings(path, WORDS)

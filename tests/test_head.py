@@ -402,3 +402,8 @@ def test_a_hidden_state_of_another_width() -> None:
     head = make(hidden_size=H)
     with pytest.raises(ValueError, match=re.escape("hidden.shape=(4, 6) does not end in hidden_size=9")):
         head.logits(torch.zeros(4, D, dtype=torch.float64))
+
+
+def test_classes_would_be_lost_on_the_meta_device() -> None:
+    with pytest.raises(ValueError, match="meta"):
+        TiedHead(4, 3, bias=torch.tensor([0, 0, 1, 1]), device="meta")

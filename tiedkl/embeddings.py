@@ -183,6 +183,8 @@ def _collect(
             continue
         if not seen:
             matrix = torch.zeros(n_vocab, len(vector), dtype=dtype)
+        if not bool(vector.isfinite().all()):
+            raise ValueError(f"the vector of {key!r} has a number that is not finite")
         seen.add(key)
         for i in exact.get(key, ()):
             matrix[i], how[i] = vector, AS_WRITTEN

@@ -91,6 +91,8 @@ class TiedHead(nn.Module):
             return Parameter(torch.empty(shape, dtype=dtype, device=device))
 
         classes = _classes(bias, vocab_size)
+        if classes is not None and torch.device("cpu" if device is None else device).type == "meta":
+            raise ValueError('bias by class on device="meta": the classes would be lost with it; use a real device')
         self.weight = matrix(vocab_size, shared)
         rest = width - shared
         self.register_parameter("input_rest", matrix(vocab_size, rest) if rest else None)

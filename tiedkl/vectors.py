@@ -139,14 +139,15 @@ def read_binary(
         if len(first) != 2 or not all(x.isdigit() for x in first):
             raise ValueError(f"{path} does not start with 'rows width': is it word2vec's binary format?")
         rows, size = int(first[0]), 4 * int(first[1])
-        rest = b""
+        rest, at = b"", 0  # what was read, and where the next row starts in it
         for number in range(1, rows + 1):
-            while (end := rest.find(b" ")) < 0 or len(rest) < end + 1 + size:
+            while (end := rest.find(b" ", at)) < 0 or len(rest) < end + 1 + size:
                 more = file.read(1 << 20)
                 if not more:
                     raise ValueError(f"{path} ends within row {number} of {rows}")
-                rest += more
-            word, vector, rest = rest[:end], rest[end + 1 : end + 1 + size], rest[end + 1 + size :]
+                rest, at = rest[at:] + more, 0
+            word, vector = rest[at:end], rest[end + 1 : end + 1 + size]
+            at = end + 1 + size
             try:
                 text = word.lstrip(b"\n").decode(encoding, errors)
             except UnicodeDecodeError as error:

@@ -507,3 +507,22 @@ def test_loss_function_for_trainers() -> None:
     assert_same(gradients(model, function(out, labels)), grads, TOLERANCE)
     with pytest.raises(ValueError, match="output_hidden_states"):
         function(model(input_ids=ids), labels)
+
+
+def test_another_object_of_a_patched_class_is_an_ordinary_model() -> None:
+    model = patch_model(make("gpt2"))
+    other = type(model)(model.config)
+    ids = torch.arange(6)[None]
+    assert other(input_ids=ids, labels=ids).logits is not None
+    with pytest.raises(ValueError, match="not patched"):
+        loss_totals(other)
+    assert patch_model(other)(input_ids=ids, labels=ids).logits is None
+
+
+def test_a_router_whose_weight_is_unknown_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(make("mixtral"))
+    ids = torch.arange(6)[None]
+    model(input_ids=ids, labels=ids, output_router_logits=True)
+    monkeypatch.setattr("tiedkl.integrations.transformers.patch.ROUTER_WEIGHTS", ("balance",))
+    with pytest.raises(RuntimeError, match="auxiliary loss"):
+        model(input_ids=ids, labels=ids, output_router_logits=True)

@@ -95,21 +95,22 @@ class VocabParallelTiedLoss(nn.Module):
         if not dist.is_initialized():
             raise RuntimeError("no process group: call torch.distributed.init_process_group first")
         group: Any = self.group
-        if is_dtensor(weight_shard):
-            from .tensors import local
-
-            group, (input, weight_shard, target, bias_shard, target_weight, token_weight) = local(
-                (input, weight_shard, target, bias_shard, target_weight, token_weight),
-                group,
-                self.sequence_parallel,
-                self.reduce_input_grad,
-            )
         # One-dimensional targets in parts are shifted once they are whole.
         late = shift if self.sequence_parallel and isinstance(target, Tensor) and target.dim() == 1 else 0
         now = 0 if late else shift
-        tensors = (input, weight_shard, target, bias_shard, target_weight, token_weight)
         call: Call | None = None
         try:
+            if is_dtensor(weight_shard):
+                from .tensors import local
+
+                mesh: Any = getattr(weight_shard, "device_mesh")  # noqa: B009 - of a DTensor
+                if group is None and mesh.ndim == 1:
+                    group = mesh.get_group()  # where the others hear of an error in `local`
+                given = (input, weight_shard, target, bias_shard, target_weight, token_weight)
+                group, (input, weight_shard, target, bias_shard, target_weight, token_weight) = local(
+                    given, group, self.sequence_parallel, self.reduce_input_grad
+                )
+            tensors = (input, weight_shard, target, bias_shard, target_weight, token_weight)
             call = check_call(self.settings, *tensors, num_items, now, empty=True)
             claim = self._claim(call, num_items, shift, late)
         except Exception as error:

@@ -42,10 +42,12 @@ class ModelLoss:
         """The loss of hidden states (B, T, D) for targets (B, T); its terms go into the totals."""
         weight = head.weight
         hidden, target = hidden.to(weight.device), target.to(weight.device)
-        bias = head.bias
+        bias, similarity = head.bias, head.similarity
         if self.scale != 1.0:
             hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
-        out = self.loss(hidden, weight, target, bias, target_weight=head.similarity, num_items=num_items, shift=shift)
+        if similarity is not None:
+            similarity = similarity.to(weight.device)  # a device_map may keep embedding and output layer apart
+        out = self.loss(hidden, weight, target, bias, target_weight=similarity, num_items=num_items, shift=shift)
         with torch.no_grad():
             tokens = (target[..., shift:] != self.loss.settings.scalars.ignore_index).sum().double()
             n = tokens if num_items is None else torch.as_tensor(num_items, dtype=torch.float64, device=weight.device)

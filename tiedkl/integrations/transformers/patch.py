@@ -19,13 +19,14 @@ from .loss import LossTotals, ModelLoss, model_loss
 from .verify import verify as verify_model
 
 Model = TypeVar("Model", bound=nn.Module)
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")  # of a mixture of experts' own loss
 
 
 class FusedLossModel:
     """What the class of a patched model has in front of its own class."""
 
     accepts_loss_kwargs = True  # for Trainer: num_items_in_batch is honoured
-    _tiedkl: ModelLoss
+    _tiedkl: ModelLoss | None = None  # None for another object of the class, as type(model)(config) makes
     _tiedkl_class: type  # the model's own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -49,7 +50,7 @@ def _patched_class(cls: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+        if self._tiedkl is None or (kwargs.get("labels") is None and kwargs.get("shift_labels") is None):
             return own(self, **kwargs)
         return _forward_with_loss(self, own, kwargs)
 
@@ -94,10 +95,14 @@ def _forward_with_loss(model: Any, own: Callable[..., Any], kwargs: dict[str, An
 
 def _router_weight(model: Any) -> float:
     for owner in (model, model.config.get_text_config()):
-        weight = getattr(owner, "router_aux_loss_coef", None)
-        if weight is not None:
-            return float(weight)
-    return 0.0
+        for name in ROUTER_WEIGHTS:
+            weight = getattr(owner, name, None)
+            if weight is not None:
+                return float(weight)
+    raise RuntimeError(
+        f"{type(model).__name__} has a router's auxiliary loss, but its weight is under none of the names that tiedkl "
+        f"knows ({', '.join(ROUTER_WEIGHTS)}): set model.config.{ROUTER_WEIGHTS[0]}, or output_router_logits=False"
+    )
 
 
 def _inner(model: Any) -> Any:
@@ -183,7 +188,7 @@ def unpatch_model(model: Model) -> Model:
                 "that first (accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
             )
         inner.__class__ = inner._tiedkl_class
-        del inner._tiedkl
+        vars(inner).pop("_tiedkl", None)
     return model
 
 
@@ -224,7 +229,7 @@ def loss_totals(model: nn.Module, *, training: bool = True, reset: bool = False)
     Raises ValueError for a model that is not patched. Waits for the device.
     """
     inner = _inner(model)
-    if not isinstance(inner, FusedLossModel):
+    if not isinstance(inner, FusedLossModel) or inner._tiedkl is None:
         raise ValueError(f"{type(inner).__name__} is not patched: call patch_model first")
     totals = inner._tiedkl.totals
     sums = [x.tolist() for (mode, _), x in totals.items() if mode == training]

@@ -65,8 +65,8 @@ $(VENV)/.test-stamp: $(VENV)/.install-stamp
 
 # transformers' older major version with what it needs in other versions, in a folder in front of the environment's own.
 $(VENV)/.old-transformers-stamp: $(VENV)/.test-stamp
-	$(PIP) install requests
-	$(PIP) install --no-deps --target $(VENV)/old-transformers "$(OLD_TRANSFORMERS)" "huggingface-hub<1" "tokenizers<0.23"
+	$(PIP) install requests httpx
+	$(PIP) install --no-deps --target $(VENV)/old-transformers "$(OLD_TRANSFORMERS)" "huggingface-hub<1" "tokenizers<0.23" "datasets<4.5"
 	@touch $@
 
 $(VENV)/.lint-stamp: $(VENV)/.install-stamp

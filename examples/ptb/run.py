@@ -72,7 +72,10 @@ def train(run: Run, args: argparse.Namespace, deadline: float) -> dict[str, Any]
     torch.set_num_threads(args.threads)
     trainer, file = make_trainer(run, args), args.runs / f"{run.name}.pt"
     if file.exists():
-        trainer.load_state_dict(torch.load(file, map_location=trainer.device, weights_only=True))
+        try:
+            trainer.load_state_dict(torch.load(file, map_location=trainer.device, weights_only=True))
+        except (RuntimeError, KeyError) as error:
+            raise CompareError(f"{file} is not of this run: {str(error).splitlines()[0]} Move it away.") from None
 
     def save() -> None:
         temporary = file.with_suffix(".tmp")
@@ -148,8 +151,8 @@ def main() -> int:
                 run = running.pop(future)
                 try:
                     figures[run.name] = future.result()
-                except CompareError as error:
-                    print(f"{run.name}: {error}", file=sys.stderr)
+                except Exception as error:  # one run's failure must not end the others
+                    print(f"{run.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     status = 1
                     continue
                 write_atomically(file, (json.dumps(figures, indent=1) + "\n").encode())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedkl.bench.store import read_json
+from tiedkl.testing import ALL_DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "bench_cpu.json"
@@ -32,7 +33,6 @@ GOALS = {  # N, V, D, dtype -> at most, of eager CE+KL, torch.compile CE+KL, eag
     (1024, 50257, 768, "bfloat16"): (0.25, None, None, None),
 }
 QUANTITIES = {"loss": "loss", "ce": "CE", "kl": "KL", "dh": "d_h", "dw": "d_w", "db": "d_b", "dt": "d_t"}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def best_peer(rows: dict[str, Any], kl: bool) -> float | None:
@@ -117,7 +117,7 @@ def accuracy(report: dict[str, Any]) -> str:
     impls = [impl for impl in ("cpp", "torch", "triton", "reference") if any(key[0] == impl for key in suite)]
     lines = ["| backend | dtype | " + " | ".join(QUANTITIES.values()) + " |", "|" + "---|" * (2 + len(QUANTITIES))]
     for impl in impls:
-        for dtype in DTYPES:
+        for dtype in ALL_DTYPES:
             found = [suite.get((impl, dtype, quantity)) for quantity in QUANTITIES]
             if any(found):
                 cells = ["-" if not r else "<0.01" if r["value"] < 0.005 else f"{r['value']:.2f}" for r in found]

@@ -39,30 +39,28 @@ class AblatedTrainer(Trainer):
         elif similarity is not None:
             raise ValueError(f"similarity={similarity!r}: expected 'average' or 'frozen'")
         self._set_loss()
+        self._plain_inputs = self.loss.inputs
         self.loss.inputs = self._inputs  # type: ignore[method-assign]
 
     def _set_loss(self) -> None:
-        s, o = self.settings, self.options
-        first, last = o.get("temperatures", (s["temperature"], s["temperature"]))
+        o = self.options
+        options = self.loss.arguments | {name: o[name] for name in ("target_grad", "label_smoothing") if name in o}
+        if "temperatures" in o:
+            options |= self._annealed(*o["temperatures"])
+        self.loss.loss = tiedkl.FusedTiedLoss(**options, reduction="sum", return_terms=True)
+
+    def _annealed(self, first: float, last: float) -> dict[str, float]:
+        s = self.settings
         share = self.steps_done / max(1, self.steps_per_epoch * s["epochs"] - 1)
         temperature = first + (last - first) * share
-        self.loss.loss = tiedkl.FusedTiedLoss(
-            temperature=temperature,
-            alpha=s["gamma"] * temperature if self.variant.augmented else 0.0,
-            target_grad=o.get("target_grad", False),
-            label_smoothing=o.get("label_smoothing", 0.0),
-            impl=s["impl"],
-            reduction="sum",
-            return_terms=True,
-        )
+        return {"temperature": temperature, "alpha": s["gamma"] * temperature if self.variant.augmented else 0.0}
 
     def _inputs(self, model: Any, hidden: Tensor, target: Tensor) -> dict[str, Any]:
-        call: dict[str, Any] = {"input": hidden, "weight": model.weight, "target": target, "bias": model.bias}
+        call = self._plain_inputs(model, hidden, target)
         if self.source is not None:
             call["target_weight"] = self.source
-        elif self.variant.augmented and not self.variant.tied:
-            source = model.embedding.weight
-            call["target_weight"] = source if self.options.get("target_grad") else source.detach()
+        elif self.options.get("target_grad") and "target_weight" in call:
+            call["target_weight"] = model.embedding.weight
         return call
 
     def _train_step(self) -> None:

@@ -17,7 +17,6 @@ import argparse
 import fnmatch
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -32,7 +31,7 @@ from experiments import Run, experiments
 
 from tiedkl.compare import corpus as corpora
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
-from tiedkl.compare.store import write_atomically
+from tiedkl.compare.store import Store, write_atomically
 from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
 
@@ -55,13 +54,11 @@ def make_trainer(run: Run, args: argparse.Namespace) -> Trainer:
         return Trainer(variant, settings, data, device)
     vectors = None
     if run.loss.get("similarity") == "frozen":  # the embedding that the same experiment's +RE learned
-        source = args.runs / f"{replace(run, label='re', loss={}).name}.pt"
-        if not source.exists():
-            raise CompareError(f"{run.name} takes its vectors from {source.name}: train that first")
-        best = torch.load(source, map_location=device, weights_only=True)["best"]
-        if not best:
-            raise CompareError(f"{run.name} takes its vectors from {source.name}: that has not ended an epoch")
-        vectors = best["weights"]["embedding.weight"]
+        source = replace(run, label="re", loss={}).name
+        state = Store(args.runs).load(source, device)
+        if state is None or not state["best"]:
+            raise CompareError(f"{run.name} takes its vectors from {source}: train that first, for an epoch at least")
+        vectors = state["best"]["weights"]["embedding.weight"]
     return AblatedTrainer(variant, settings, data, device, options=run.loss, vectors=vectors)
 
 
@@ -70,17 +67,14 @@ def train(run: Run, args: argparse.Namespace, deadline: float) -> dict[str, Any]
     stopped: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     torch.set_num_threads(args.threads)
-    trainer, file = make_trainer(run, args), args.runs / f"{run.name}.pt"
-    if file.exists():
+    trainer, store = make_trainer(run, args), Store(args.runs)
+    state = store.load(run.name, trainer.device)
+    if state is not None:
         try:
-            trainer.load_state_dict(torch.load(file, map_location=trainer.device, weights_only=True))
+            trainer.load_state_dict(state)
         except (RuntimeError, KeyError) as error:
-            raise CompareError(f"{file} is not of this run: {str(error).splitlines()[0]} Move it away.") from None
-
-    def save() -> None:
-        temporary = file.with_suffix(".tmp")
-        torch.save(trainer.state_dict(), temporary)
-        os.replace(temporary, file)
+            why = str(error).splitlines()[0]
+            raise CompareError(f"the checkpoint {run.name}.pt is not of this run: {why} Move it away.") from None
 
     saved = time.monotonic()
     for event in trainer.run():
@@ -89,7 +83,7 @@ def train(run: Run, args: argparse.Namespace, deadline: float) -> dict[str, Any]
             last = trainer.curves[-1]
             print(f"{run.name}: epoch {last['epoch']}, validation {last['valid_ppl']:.2f}", flush=True)
         if stop or event != "step" or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save()
+            store.save(run.name, trainer.state_dict())
             saved = time.monotonic()
         if stop and event != "done":
             break

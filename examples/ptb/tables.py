@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from tiedkl.compare.statistics import over_seeds
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al. (2017), Table 1
@@ -19,7 +20,6 @@ PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al
     "medium": {"baseline": (82.0, 77.7), "al": (77.4, 74.7), "re": (77.1, 73.9), "real": (75.7, 73.2)},
     "large": {"baseline": (76.8, 72.6), "al": (74.5, 71.2), "re": (72.5, 69.0), "real": (71.1, 68.5)},
 }
-T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by degrees of freedom
 TITLES = {
     "small": "Two layers of 200 units",
     "medium": "Two layers of 650 units",
@@ -33,11 +33,8 @@ TITLES = {
 
 def interval(values: list[float]) -> str:
     """Mean of perplexities, with the half width of its 95% interval over seeds."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.2f} ± {half:.2f}"
+    found = over_seeds(values)
+    return f"{values[0]:.2f}" if found is None else f"{found.mean:.2f} ± {found.high - found.mean:.2f}"
 
 
 def table(experiment: str, figures: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,23 @@ from typing import Any
 from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, load_config, parse_variants
 
 BAD_INPUT, INTERRUPTED = 2, 130
+DATA = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
+
+
+def add_option(
+    parser: argparse.ArgumentParser,
+    default: dict[str, Any],
+    flag: str,
+    text: str,
+    kind: type = str,
+    metavar: str | None = None,
+    shown: str | None = None,
+    **more: Any,
+) -> None:
+    """An option whose default is that of the setting it names; `shown` says it in words where it depends."""
+    value = default[flag.lstrip("-").replace("-", "_")]
+    text = f"{text} (default: {shown or value})"
+    parser.add_argument(flag, type=kind, metavar=metavar, default=value, help=text, **more)
 
 
 class Given(argparse.Action):
@@ -41,13 +59,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "command.",
     )
 
-    def option(flag: str, text: str, kind: type = str, metavar: str | None = None, shown: str | None = None) -> None:
-        value = default[flag.lstrip("-").replace("-", "_")]
-        text = f"{text} (default: {shown or value})"
-        parser.add_argument(flag, type=kind, metavar=metavar, default=value, action=Given, help=text)
-
-    data = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
-    option("--data", data, metavar="PATH", shown="Python's help texts")
+    option = functools.partial(add_option, parser, default, action=Given)
+    option("--data", DATA, metavar="PATH", shown="Python's help texts")
     option("--out", "directory for checkpoints and reports", metavar="DIR")
     parser.add_argument(
         "--model", choices=MODELS, default=default["model"], action=Given, help="network (default: %(default)s)"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from ..compare.settings import MODELS, VARIANTS, CompareError
 from ..tune.settings import PRUNERS, TuneSettings
-from .compare import BAD_INPUT, INTERRUPTED, ctrl_c
+from .compare import BAD_INPUT, DATA, INTERRUPTED, add_option, ctrl_c
 
-DATA = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
 OPTIONS = (
     ("--data", DATA, str, "PATH", "Python's help texts"),
     ("--out", "directory for the study and the result", str, "DIR", None),
@@ -51,8 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "with other seeds on the test split. A search that was stopped is continued by the same command.",
     )
     for flag, text, kind, metavar, shown in OPTIONS:
-        value = default[flag.lstrip("-").replace("-", "_")]
-        parser.add_argument(flag, type=kind, metavar=metavar, default=value, help=f"{text} (default: {shown or value})")
+        add_option(parser, default, flag, text, kind, metavar, shown)
     for flag, choices, text in (
         ("--variant", VARIANTS, "what is trained"),
         ("--model", MODELS, "network"),

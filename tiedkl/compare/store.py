@@ -30,9 +30,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise CompareError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that differ, the plan apart; one that is missing counts as None."""
-    return [k for k in sorted((old.keys() | new.keys()) - {PLAN}) if old.get(k) != new.get(k)]
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Settings that differ, in words, the plan apart; "" for none. One that is missing counts as None."""
+    changed = [k for k in sorted((old.keys() | new.keys()) - {PLAN}) if old.get(k) != new.get(k)]
+    return "; ".join("the text" if k == "corpus" else f"{k}={old.get(k)}, now {new.get(k)}" for k in changed)
 
 
 def checkpoint_name(variant: str, seed: int, first: int) -> str:
@@ -74,12 +75,11 @@ class Store:
             old = json.loads((self.path / CONFIG).read_text("utf-8"))
         except (OSError, ValueError):
             return None
-        return old.get(PLAN) if isinstance(old, dict) and not _changed(old, config) else None
+        return old.get(PLAN) if isinstance(old, dict) and not differences(old, config) else None
 
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changed = _changed(old, new)
-        if changed:
-            what = "; ".join("the text" if k == "corpus" else f"{k}={old.get(k)}, now {new.get(k)}" for k in changed)
+        what = differences(old, new)
+        if what:
             raise CompareError(
                 f"{self.path} holds a comparison with other settings ({what}): "
                 "start again with --fresh, or choose another --out"
@@ -109,7 +109,7 @@ class Store:
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:
             raise CompareError(
-                f"{file}: not a readable checkpoint ({type(error).__name__}); start again with --fresh"
+                f"{file}: not a readable checkpoint ({type(error).__name__}); move it away, or start again with --fresh"
             ) from None
         return state
 

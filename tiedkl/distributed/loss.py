@@ -103,7 +103,7 @@ class VocabParallelTiedLoss(nn.Module):
             if is_dtensor(weight_shard):
                 from .tensors import local
 
-                mesh: Any = getattr(weight_shard, "device_mesh")  # noqa: B009 - of a DTensor
+                mesh: Any = weight_shard.device_mesh  # type: ignore[attr-defined]
                 if group is None and mesh.ndim == 1:
                     group = mesh.get_group()  # where the others hear of an error in `local`
                 given = (input, weight_shard, target, bias_shard, target_weight, token_weight)

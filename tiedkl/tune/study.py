@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare.settings import CompareError
+from ..compare.store import differences
 from .settings import TuneSettings
 
 NAME = "tiedkl"
@@ -81,9 +82,7 @@ def open_study(settings: TuneSettings, identity: dict[str, Any], *, worker: int 
     if old is None:
         study.set_user_attr("identity", identity)
         study.enqueue_trial(settings.defaults(), user_attrs={DEFAULTS: True})
-    elif old != identity:
-        changed = [k for k in sorted(old.keys() | identity.keys()) if old.get(k) != identity.get(k)]
-        what = "; ".join("the text" if k == "corpus" else f"{k}={old.get(k)}, now {identity.get(k)}" for k in changed)
+    elif what := differences(old, identity):
         raise CompareError(f"{file} holds a search with other settings ({what}): start again with --fresh, or --out")
     study.sampler = package.samplers.TPESampler(
         seed=settings.seed + 1000 * worker + len(study.trials),

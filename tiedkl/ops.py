@@ -40,6 +40,11 @@ class Scalars(NamedTuple):
     workspace_bytes: int  # -1: default
     needs: int  # gradients wanted, a sum of NEED_BITS
 
+    @property
+    def wanted(self) -> Needs:
+        """`needs` as its fields."""
+        return Needs(*(bool(self.needs & bit) for bit in NEED_BITS))
+
     def pack(self) -> tuple[list[float], list[int]]:
         """As the op's `floats` and `ints`."""
         o = self.options
@@ -78,18 +83,21 @@ def _plan(impl: str, device: torch.device, dtype: torch.dtype, shape: Shape, wor
     return replace(make_plan(name, shape, backends.load(name).tuning(dtype), workspace_bytes), skipped=skipped)
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for a type of device; nothing where it is off already, as switching costs time."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def _run(p: Problem, g: Tensor | None, c: Scalars, impl: str) -> tuple[Terms, Grads]:
     """Plan and run one problem; g None means no gradient."""
     plan = plan_for(p, impl, c.workspace_bytes if c.workspace_bytes >= 0 else None, g is not None)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("N=%d V=%d D=%d %s\n%s", p.h.shape[0], p.w.shape[0], p.h.shape[1], p.h.dtype, plan)
-    device = p.h.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     backend = backends.load(plan.impl)
-    with autocast:
+    with without_autocast(p.h.device.type):
         if g is None:
             return backend.forward(p, plan), Grads(None, None, None, None)
-        return backend.backward(p, plan, g, Needs(*(bool(c.needs & bit) for bit in NEED_BITS)))
+        return backend.backward(p, plan, g, c.wanted)
 
 
 def _targets(target: Tensor, n_vocab: int, ignore_index: int) -> tuple[Tensor, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +53,10 @@ class VocabParallel(torch.autograd.Function):
             h = all_gather(h, job.sizes, job.group)
         p = Problem(h, w, job.y, b, t, c.options)
         now = bool(c.needs) and c.reduction != ops.NONE
-        with _no_autocast(h.device):
+        with ops.without_autocast(h.device.type):
             tokens = Tokens.of(job.y, job.first, len(w), job.plan, h.device)
             walk = ShardWalk(p, job.plan, tokens, job.vocab, job.group)
-            terms, grads = walk.evaluate(job.scale if now else None, _wanted(c) if now else Needs())
+            terms, grads = walk.evaluate(job.scale if now else None, c.wanted if now else Needs())
         per_token = terms.ce + c.options.alpha * terms.kl if c.options.alpha else terms.ce
         stacked, scale = torch.stack(terms), job.scale
         if c.reduction != ops.NONE:
@@ -92,8 +91,8 @@ class VocabParallel(torch.autograd.Function):
         if ctx.walk is not None:
             if job.sequence_parallel:
                 upstream = all_gather(upstream, job.sizes, job.group)
-            with _no_autocast(upstream.device):
-                grads = list(ctx.walk.evaluate(upstream * job.scale, _wanted(job.scalars))[1])
+            with ops.without_autocast(upstream.device.type):
+                grads = list(ctx.walk.evaluate(upstream * job.scale, job.scalars.wanted)[1])
         elif may_overwrite:
             grads = [None if d is None else d.mul_(upstream) for d in saved]
         else:
@@ -118,15 +117,3 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(
             "VocabParallelTiedLoss has no second derivative: its backward cannot be differentiated (create_graph=True)"
         )
-
-
-def _no_autocast(device: torch.device) -> Any:
-    return (
-        torch.autocast(device.type, enabled=False)
-        if torch.is_autocast_enabled(device.type)
-        else contextlib.nullcontext()
-    )
-
-
-def _wanted(c: ops.Scalars) -> Needs:
-    return Needs(*(bool(c.needs & bit) for bit in ops.NEED_BITS))

@@ -3,7 +3,7 @@
     python examples/ptb/run.py small --data DIR                          one run after the other
     python examples/ptb/run.py small --data DIR --jobs 2 --threads 1     two at a time
     python examples/ptb/run.py large --data DIR --device cuda --minutes 10
-    python examples/ptb/run.py ablations --data DIR --only 'tau*'        labels by pattern
+    python examples/ptb/run.py sixteenth --data DIR --only 'tau*'        labels by pattern
     python examples/ptb/tables.py                                        what came out
 
 DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt. Checkpoints go to --runs; the figures of every run, finished or
@@ -28,9 +28,11 @@ from typing import Any
 import torch
 from ablated import AblatedTrainer
 from experiments import Run, experiments
+from torch import Tensor
 
 from tiedkl.compare import corpus as corpora
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
+from tiedkl.compare.statistics import block_length
 from tiedkl.compare.store import Store, write_atomically
 from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
@@ -41,7 +43,7 @@ CHECKPOINT_SECONDS = 60.0
 
 def make_trainer(run: Run, args: argparse.Namespace) -> Trainer:
     """The trainer of a run, at its start."""
-    text = corpora.load(args.data, vocab_size=args.vocab_size, min_count=1)
+    text = corpora.load(args.data, vocab_size=args.vocab_size)
     device = torch.device(args.device)
     settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
     if args.smoke:
@@ -97,24 +99,41 @@ def train(run: Run, args: argparse.Namespace, deadline: float) -> dict[str, Any]
         "loss": run.loss,
         "settings": settings,
         "stamp": stamp(trainer.device),
+        "test_blocks": None if trainer.test_losses is None else block_means(trainer.test_losses),
         **trainer.result(),
     }
+
+
+def block_means(losses: Tensor) -> list[float]:
+    """Means of per-token losses over consecutive blocks of nearly equal length: enough for a bootstrap of the text."""
+    parts = losses.double().tensor_split(len(losses) // block_length(len(losses)))
+    return [round(float(part.mean()), 5) for part in parts]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The figures so far, by name of the run."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Where text, checkpoints and figures are, and on what to compute."""
+    parser.add_argument("--data", help="directory of the text, as for tiedkl compare; default: CPython's help texts")
+    parser.add_argument("--vocab-size", type=int, default=10_000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each run")
+    parser.add_argument("--runs", type=Path, default=Path("ptb-runs"), help="checkpoints (default %(default)s)")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="figures (default: beside this file)")
+    parser.add_argument("--smoke", action="store_true", help="toy size")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=list(experiments()))
-    parser.add_argument("--data", help="directory of the text, as for tiedkl compare; default: CPython's help texts")
+    add_text_options(parser)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of labels, such as 're*'")
     parser.add_argument("--seed", type=int, action="append", help="only this seed; repeatable")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each run")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--vocab-size", type=int, default=10_000)
-    parser.add_argument("--runs", type=Path, default=Path("ptb-runs"), help="checkpoints (default %(default)s)")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="figures (default: beside this file)")
-    parser.add_argument("--smoke", action="store_true", help="toy size")
     args = parser.parse_args()
     deadline = time.time() + 60 * args.minutes
     chosen = [
@@ -127,7 +146,7 @@ def main() -> int:
     args.runs.mkdir(parents=True, exist_ok=True)
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"{args.experiment}.json"
-    figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    figures = read(file)
     todo = [run for run in chosen if figures.get(run.name, {}).get("status") != "done"]
     print(f"{len(chosen) - len(todo)} of {len(chosen)} runs are done", flush=True)
     status = 0
@@ -144,11 +163,12 @@ def main() -> int:
             for future in [f for f in running if f.done()]:
                 run = running.pop(future)
                 try:
-                    figures[run.name] = future.result()
+                    result = future.result()
                 except Exception as error:  # one run's failure must not end the others
                     print(f"{run.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     status = 1
                     continue
+                figures = read(file) | {run.name: result}  # another process may have written too
                 write_atomically(file, (json.dumps(figures, indent=1) + "\n").encode())
                 if figures[run.name]["status"] != "done" and time.time() < deadline:
                     pending = iter(())  # interrupted

@@ -24,6 +24,7 @@ import tiedkl
 from tiedkl.compare import corpus as corpora
 from tiedkl.compare.lstm import VariationalLSTM
 from tiedkl.compare.store import write_atomically
+from tiedkl.environment import stamp
 
 BETAS, TEMPERATURES = (0.0, 0.5, 0.9, 0.99, 1.0), (1.0, 2.0, 5.0, 10.0)
 ALMOST_ONE = 1 - 1e-9  # beta = 1 has no cross-entropy left; the loss always has some
@@ -91,7 +92,7 @@ def train(words: Tensor, n_vocab: int, beta: float, tau: float, args: argparse.N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="directory or file, as for tiedkl compare")
-    parser.add_argument("--out", type=Path, default=Path("subspaces.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "subspaces.json")
     parser.add_argument("--words", type=int, default=20_000)
     parser.add_argument("--hidden", type=int, default=300)
     parser.add_argument("--layers", type=int, default=2)
@@ -114,7 +115,7 @@ def main() -> None:
     ids = torch.searchsorted(words, stream)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "smoke", "data")}
     settings |= {"data": text.name, "vocabulary": len(words), "random": math.sqrt(1 - args.hidden / len(words))}
-    report: dict[str, Any] = {"settings": settings, "runs": {}}
+    report: dict[str, Any] = {"settings": settings, "stamp": stamp(torch.device("cpu")), "runs": {}}
     if args.out.exists():
         old = json.loads(args.out.read_text())
         if old["settings"] != settings:

@@ -1,4 +1,4 @@
-"""The tables in results/README.md, from the figures of run.py; --check compares only.
+"""The tables and curves in results/, from the figures of run.py, predictions.py and subspaces.py.
 
 python examples/ptb/tables.py
 """
@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tiedkl.compare.statistics import over_seeds
+import torch
+
+from tiedkl.compare.evidence import Run, against, mean_curves, perplexity_interval
+from tiedkl.compare.plots import curve
+from tiedkl.compare.settings import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al. (2017), Table 1
@@ -24,89 +28,196 @@ TITLES = {
     "small": "Two layers of 200 units",
     "medium": "Two layers of 650 units",
     "large": "Two layers of 1500 units",
-    "readings": "Dropout 0.7 read as a probability of dropping",
-    "data": "On a part of the training text",
-    "ablations": "What the augmented loss does: small +REAL on a quarter of the text, one change at a time",
+    "readings": "Two layers of 200 units, the dropout figure 0.7 read as a probability of dropping",
+    "quarter": "Two layers of 200 units, a quarter of the training text",
+    "sixteenth": "Two layers of 200 units, a sixteenth of the training text",
     "transformer": "A Transformer",
 }
+Figures = dict[str, Any]  # of the runs of one experiment, by name
 
 
-def interval(values: list[float]) -> str:
-    """Mean of perplexities, with the half width of its 95% interval over seeds."""
-    found = over_seeds(values)
-    return f"{values[0]:.2f}" if found is None else f"{found.mean:.2f} ± {found.high - found.mean:.2f}"
-
-
-def table(experiment: str, figures: dict[str, Any]) -> str:
-    """One line a label: finished seeds, perplexities, those published, and where unfinished runs stand."""
-    published = PUBLISHED.get(experiment)
-    head = [
-        "",
-        "seeds",
-        "validation",
-        "test",
-        *(["paper, validation", "paper, test"] if published else []),
-        "epoch",
-        "unfinished",
+def runs_of(figures: Figures, label: str) -> list[Run]:
+    """The runs of one label; the losses are means over blocks of the test text."""
+    chosen = [run for run in figures.values() if run["label"] == label]
+    return [
+        Run(r["seed"], r, None if r["status"] != "done" else torch.tensor(r["test_blocks"], dtype=torch.float64))
+        for r in chosen
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for label in dict.fromkeys(run["label"] for run in figures.values()):
-        runs = [run for run in figures.values() if run["label"] == label]
-        done = [run for run in runs if run["status"] == "done"]
-        cells = [f"`{label}`", str(len(done))]
-        cells += [interval([r[key] for r in done]) if done else "-" for key in ("valid_ppl", "test_ppl")]
+
+
+def perplexity(runs: list[Run], key: str) -> str:
+    """Geometric mean over the seeds that are done; for the test text with its 95% interval where there are several."""
+    done = [run for run in runs if run.done]
+    if not done:
+        return "-"
+    mean = math.exp(math.fsum(math.log(run.result[key]) for run in done) / len(done))
+    interval = perplexity_interval(runs) if key == "test_ppl" else None
+    return f"{mean:.2f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
+
+
+def change(runs: list[Run], control: list[Run]) -> str:
+    """Of the test perplexity against the control, with the 95% interval."""
+    found = against(control, runs, block=1)
+    if runs is control or found is None:
+        return "-"
+    low, high = (found["over_both"] or found["over_text"])["percent"]
+    return f"{found['percent']:+.1f}% ({low:+.1f} to {high:+.1f})"
+
+
+def unfinished(runs: list[Run]) -> str:
+    """Where runs stand that have not ended."""
+    parts = []
+    for r in (run.result for run in runs if not run.done):
+        best = f", validation {r['valid_ppl']:.2f}" if r["valid_ppl"] else ""
+        parts.append(f"seed {r['seed']}: epoch {r['epochs_done']:.1f} of {r['epochs_planned']}{best}")
+    return "; ".join(parts) or "-"
+
+
+def table(figures: Figures, control: str = "baseline", published: dict[str, tuple[float, float]] | None = None) -> str:
+    """One line a label, the control first."""
+    labels = [label for label in dict.fromkeys(run["label"] for run in figures.values()) if label != control]
+    base = runs_of(figures, control)
+    columns = ["", "parameters", "seeds", "best epoch", "validation", "test", f"change to {control}"]
+    columns += ["paper: validation", "test", "change"] if published else []
+    rows = []
+    for label in [control] * bool(base) + labels:
+        runs = base if label == control else runs_of(figures, label)
+        done = [run for run in runs if run.done]
+        row = [VARIANTS[label].label if label in VARIANTS else f"`{label}`", f"{runs[0].result['parameters']:,}"]
+        row += [str(len(done)), "/".join(str(run.result["best_epoch"]) for run in done) or "-"]
+        row += [perplexity(runs, "valid_ppl"), perplexity(runs, "test_ppl"), change(runs, base)]
         if published:
-            cells += [f"{x:.1f}" for x in published.get(label, (math.nan, math.nan))]
-        cells.append("/".join(str(r["best_epoch"]) for r in done) or "-")
-        parts = [
-            f"seed {r['seed']}: epoch {r['epochs_done']:.1f} of {r['epochs_planned']}"
-            + (f", validation {r['valid_ppl']:.2f}" if r["valid_ppl"] else "")
-            for r in runs
-            if r["status"] != "done"
-        ]
-        cells.append("; ".join(parts) or "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            valid, test = published[label]
+            row += [f"{valid:.1f}", f"{test:.1f}", f"{100 * (test / published[control][1] - 1):+.1f}%"]
+        rows.append([*row, unfinished(runs)])
+    if any(row[-1] != "-" for row in rows):
+        columns.append("unfinished")
+    return markdown(columns, rows)
 
 
-def source(figures: dict[str, Any]) -> str:
-    """Machine, versions, commits."""
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table; cells beyond the columns are left out."""
+    lines = [columns, ["---"] * len(columns), *(row[: len(columns)] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(experiment: str, figures: Figures) -> str:
+    """Command, machine, versions, commits."""
     stamps = [run["stamp"] for run in figures.values()]
-    commits = sorted({_short(str(s["git_commit"])) for s in stamps})
+    commits = sorted({str(s["git_commit"])[:7] + "+" * str(s["git_commit"]).endswith("+") for s in stamps})
     machines = sorted({f"{s['cpu'] if s['device'] == 'cpu' else s['device']}, torch {s['torch']}" for s in stamps})
-    return f"{'; '.join(machines)}; commit {', '.join(commits)}."
+    command = f"`python examples/ptb/run.py {experiment} --data DIR`"
+    return f"{command}; {'; '.join(machines)}; commit {', '.join(commits)}."
 
 
-def _short(commit: str) -> str:
-    return commit[:7] + ("+" if commit.endswith("+") else "")
+def picture(experiment: str, figures: Figures) -> str:
+    """Validation perplexity by epoch of the four variants, an SVG file."""
+    report = {
+        "variants": {
+            name: {"label": variant.label, "curves": mean_curves(runs)}
+            for name, variant in VARIANTS.items()
+            if (runs := runs_of(figures, name))
+        }
+    }
+    svg = curve(report, "valid_ppl", TITLES[experiment], "validation perplexity", log=True)
+    return svg.replace("<svg", '<svg width="540" height="350" style="background:#fff"', 1)
 
 
-def page(results: Path) -> str:
-    """All experiments that have figures."""
+def predictions(results: Path) -> list[str]:
+    """What predictions.py measured."""
+    file = results / "predictions.json"
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    rows = []
+    for what in next(iter(found["variants"].values())):
+        row = [what]
+        for figures in found["variants"].values():
+            cell = f"{100 * figures[what]['mean']:.2f}%"
+            if "change" in figures[what]:
+                low, high = figures[what]["change"]
+                cell += f" ({100 * low:+.2f} to {100 * high:+.2f})"
+            row.append(cell)
+        rows.append(row)
+    labels = [VARIANTS[name].label for name in found["variants"]]
+    return [
+        "## What the variants predict",
+        markdown(["mean probability on the test text", *labels], rows),
+        f"{found['about']}\nIn brackets the 95% interval of the difference to the first column, in points, over the "
+        "text.\n"
+        f"`python examples/ptb/predictions.py --data DIR`; commit {found['stamp']['git_commit'][:7]}.",
+    ]
+
+
+def subspaces(results: Path) -> list[str]:
+    """What subspaces.py measured: a line a beta, a column a temperature."""
+    file = results / "subspaces.json"
+    if not file.exists():
+        return []
+    report = json.loads(file.read_text())
+    runs, s = list(report["runs"].values()), report["settings"]
+    temperatures = sorted({run["tau"] for run in runs})
+    rows = []
+    for beta in sorted({run["beta"] for run in runs}):
+        at = {run["tau"]: run["distance"] for run in runs if run["beta"] == beta}
+        same = len(at) == 1  # at beta = 0 the temperature plays no part
+        rows.append(
+            [f"{beta:g}", *(f"{next(iter(at.values())) if same else at.get(t, math.nan):.3f}" for t in temperatures)]
+        )
+    return [
+        "## Figure 1: distance of the classifier from the embedding it does not share",
+        markdown(["β", *(f"τ = {t:g}" for t in temperatures)], rows),
+        f"||W - L L⁺W|| / ||W||; {s['words']:,} words, {s['vocabulary']:,} distinct, {s['hidden']} units, "
+        f"{s['epochs']} epochs; spaces drawn at\nrandom are {s['random']:.3f} apart. "
+        "The paper: near 1 at β = 0, about 0.06 at β = 1 and τ = 10.\n"
+        f"`python examples/ptb/subspaces.py --data DIR`; commit {report['stamp']['git_commit'][:7]}.",
+    ]
+
+
+def pages(results: Path) -> dict[str, str]:
+    """File name -> content, of everything that has figures."""
+    files: dict[str, str] = {}
     parts = [
         "# Results",
-        "From `python examples/ptb/tables.py` and the JSON files beside it (settings, seeds, curves). Perplexity of\n"
-        "the epoch with the best validation; ± is half of the 95% interval of the mean over seeds (Student's t).",
+        "Written by `python examples/ptb/tables.py` from the JSON files beside it, which hold settings, seeds, curves\n"
+        "and test losses by block. Perplexity is that of the epoch with the best validation, over several seeds the\n"
+        "geometric mean. In brackets the 95% interval: of a perplexity over seeds; of a change over seeds and the\n"
+        "test text, or over the text alone where there is one seed (as in `tiedkl compare`, see docs/compare.md).",
     ]
     for experiment, title in TITLES.items():
         file = results / f"{experiment}.json"
-        if file.exists():
-            figures = json.loads(file.read_text())
-            command = f"`python examples/ptb/run.py {experiment} --data DIR`"
-            parts += [f"## {title}", table(experiment, figures), f"{command}; {source(figures)}"]
-    return "\n\n".join(parts) + "\n"
+        if not file.exists():
+            continue
+        figures: Figures = json.loads(file.read_text())
+        four = {name: run for name, run in figures.items() if run["label"] in VARIANTS}
+        parts.append(f"## {title}")
+        if four:
+            files[f"{experiment}.svg"] = picture(experiment, four)
+            parts += [table(four, published=PUBLISHED.get(experiment)), f"![Validation perplexity]({experiment}.svg)"]
+        changed = {name: run for name, run in figures.items() if run["label"] not in VARIANTS}
+        if changed:
+            again = {name: run for name, run in four.items() if run["label"] in ("re", "real")}
+            parts += ["+REAL with one change at a time:"] * bool(again)
+            parts.append(table(again | changed, "real"))
+        parts.append(source(experiment, figures))
+    files["README.md"] = "\n\n".join([*parts, *predictions(results), *subspaces(results)]) + "\n"
+    return files
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit 1 when results/README.md is not current"
+    )
     args = parser.parse_args()
-    file, text = args.results / "README.md", page(args.results)
+    files = pages(args.results)
+    readme = args.results / "README.md"
     if args.check:
-        return int(not file.exists() or file.read_text("utf-8") != text)
-    file.write_text(text, "utf-8")
-    print(text)
+        return int(not readme.exists() or readme.read_text("utf-8") != files["README.md"])
+    for name, text in files.items():
+        (args.results / name).write_text(text, "utf-8")
+    print(files["README.md"])
     return 0
 
 

@@ -25,11 +25,18 @@ def test_hard_wrapped_text_is_read_by_paragraphs() -> None:
 def test_directory_is_split_on_white_space_only(tmp_path: Path) -> None:
     for split, text in (("train", " A-b <unk> c. \n\nA-b d\n"), ("valid", "d\n"), ("test", "x A-b\n")):
         (tmp_path / f"toy.{split}.txt").write_text(text, encoding="utf-8")
-    loaded = corpus.load(str(tmp_path), min_count=1)
+    loaded = corpus.load(str(tmp_path))  # <unk> is there, so somebody has chosen the vocabulary: once is enough
     assert loaded.words == ["<unk>", "<eos>", "A-b", "c.", "d"]
     assert loaded.train.tolist() == [2, 0, 3, 1, 2, 4, 1]
     assert loaded.test.tolist() == [0, 2, 1]
     assert loaded.oov == {"train": 0.0, "valid": 0.0, "test": pytest.approx(1 / 3)}
+
+
+def test_a_word_must_be_seen_twice_unless_the_text_has_its_vocabulary(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"toy.{split}.txt").write_text("a b a\n", encoding="utf-8")
+    assert corpus.load(str(tmp_path)).words == ["<unk>", "<eos>", "a"]
+    assert corpus.load(str(tmp_path), min_count=1).words == ["<unk>", "<eos>", "a", "b"]
 
 
 def test_vocabulary_is_capped_by_frequency_then_alphabet() -> None:

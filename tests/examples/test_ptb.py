@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tiedkl.compare.statistics import over_text
 
 FOLDER = Path(__file__).parents[2] / "examples" / "ptb"
 
@@ -30,14 +34,10 @@ def run(script: str, *arguments: str) -> str:
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(FOLDER)
-    for name in ("experiments", "ablated", "run", "tables", "subspaces"):
+    names = ("experiments", "ablated", "run", "predictions", "tables", "subspaces")
+    for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import ablated
-    import experiments
-    import subspaces
-    import tables
-
-    return {"ablated": ablated, "experiments": experiments, "tables": tables, "subspaces": subspaces}
+    return {name: importlib.import_module(name) for name in names}
 
 
 def numbers(file: Path) -> dict[str, Any]:
@@ -58,8 +58,62 @@ def test_an_experiment_that_is_stopped_goes_on_to_the_same_figures(tmp_path: Pat
     assert {status for status, *_ in right.values()} == {"done"}
     assert "2 of 2 runs are done" in run("run.py", *common, *parts), "nothing is trained twice"
     page = run("tables.py", "--results", str(tmp_path / "a"))
-    assert "| `real` | 1 |" in page
-    assert "82.7" in page, "the paper's figure stands beside"
+    assert "| +REAL | " in page
+    assert "| 86.3 | 82.7 | -5.3% |" in page, "the paper's figures stand beside"
+    assert (tmp_path / "a" / "small.svg").read_text().startswith("<svg")
+    assert "<unk>, where it is wrong" not in page, "not measured yet"
+
+
+@pytest.mark.slow
+def test_what_the_variants_predict(tmp_path: Path) -> None:
+    folders = ("--runs", str(tmp_path), "--results", str(tmp_path))
+    run("run.py", "small", "--smoke", "--seed", "1", "--threads", "1", *folders)
+    printed = run("predictions.py", "--smoke", "--show", "2", *folders)
+    assert printed.count("    +REAL ") == 2
+    found = json.loads((tmp_path / "predictions.json").read_text())["variants"]
+    assert list(found) == ["baseline", "al", "re", "real"]
+    losses = json.loads((tmp_path / "small.json").read_text())
+    for name, figures in found.items():
+        right = figures["the right word"]["mean"]
+        assert right >= 1 / losses[f"small-{name}-1"]["test_ppl"], "the mean is at least the geometric mean (Jensen)"
+        assert ("change" in figures["the right word"]) == (name != "baseline")
+    page = run("tables.py", "--results", str(tmp_path))
+    assert "| `<unk>`, where it is wrong | " in page
+
+
+def test_nearest_words(modules: Any) -> None:
+    e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.1], [2.0, 0.0], [0.0, 1.0], [0.1, 3.0]])
+    near = modules["predictions"].nearest(e)
+    assert near.shape == (6, 3), "no more words than there are"
+    assert near[3].tolist() == [2, 5, 4], "by angle, not by length; <unk>, <eos> and itself left out"
+    assert near[4].tolist()[0] == 5
+    assert modules["predictions"].frequent_words(torch.tensor([0, 0, 0, 1, 1, 1, 3, 3, 4]), 5).tolist()[:2] == [3, 4]
+
+
+def test_blocks_of_losses_hold_the_mean_and_what_a_bootstrap_needs(modules: Any) -> None:
+    losses = torch.randn(9000, generator=torch.Generator().manual_seed(1)).repeat_interleave(3)[:20_000]
+    blocks = torch.tensor(modules["run"].block_means(losses), dtype=torch.float64)
+    assert len(blocks) == 141  # of 141 or 142 tokens, the square root of 20,000
+    assert float(blocks.mean()) == pytest.approx(float(losses.double().mean()), abs=1e-4)
+    coarse, fine = over_text(blocks, length=1), over_text(losses)
+    assert coarse.error == pytest.approx(fine.error, rel=0.15)
+
+
+def test_a_table_compares_with_its_control(modules: Any) -> None:
+    def figures(label: str, seed: int, ppl: float) -> dict[str, Any]:
+        blocks = [math.log(ppl) + 0.01 * (seed + k % 3) for k in range(30)]
+        return {"label": label, "seed": seed, "status": "done", "parameters": 1000, "best_epoch": 3, "valid_ppl": ppl,
+                "test_ppl": math.exp(sum(blocks) / 30), "test_blocks": blocks}  # fmt: skip
+
+    runs = {f"{v}-{s}": figures(v, s, ppl) for v, ppl in (("al", 95.0), ("baseline", 100.0)) for s in (1, 2)}
+    lines = modules["tables"].table(runs).splitlines()
+    assert lines[2].startswith("| baseline | 1,000 | 2 | 3/3 | 100.00 | ")
+    assert "| -5.0% (-5.0 to -5.0) |" in lines[3]
+    del runs["al-2"]  # a seed that only the control has plays no part
+    runs["al-1"]["status"] = "partial"
+    runs["al-1"] |= {"epochs_done": 1.5, "epochs_planned": 3}
+    line = modules["tables"].table(runs).splitlines()[3]
+    assert line.endswith("| - | - | - | - | seed 1: epoch 1.5 of 3, validation 95.00 |")
 
 
 def test_every_run_has_a_name_of_its_own(modules: Any) -> None:
@@ -80,9 +134,3 @@ def test_the_share_outside_a_space(modules: Any) -> None:
     assert outside(
         orthogonal / orthogonal.norm() + q[:, :1] @ torch.full((1, 4), 0.5).double(), basis
     ) == pytest.approx(0.5**0.5)
-
-
-def test_an_interval_over_seeds(modules: Any) -> None:
-    interval = modules["tables"].interval
-    assert interval([80.0]) == "80.00"
-    assert interval([80.0, 81.0, 82.0]) == "81.00 ± 2.48"  # 4.303 / sqrt(3)

@@ -94,7 +94,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--price-per-hour", "what this machine costs an hour, for the cost of a million tokens", float, "X", "none")
     option("--tokenizer", "a Hugging Face tokenizer.json, instead of words", metavar="FILE", shown="none")
     option("--vocab-size", "largest vocabulary", int, "N")
-    option("--min-count", "rarer words become <unk>", int, "N")
+    option("--min-count", "rarer words become <unk>", int, "N", "2, or 1 where the text has <unk> in it")
     option("--max-tokens", "use only so many training tokens, and a tenth of it for each other split", int, "N", "all")
     option("--checkpoint-every", "seconds between checkpoints", float, "S")
     parser.add_argument(

@@ -34,7 +34,7 @@ OPTIONS = (
     ("--device", "cpu or cuda", str, "NAME", None),
     ("--seed", "seed of the search and of every trial", int, "N", None),
     ("--vocab-size", "largest vocabulary", int, "N", None),
-    ("--min-count", "rarer words become <unk>", int, "N", None),
+    ("--min-count", "rarer words become <unk>", int, "N", "2, or 1 where the text has <unk> in it"),
     ("--tokenizer", "a Hugging Face tokenizer.json, instead of words", str, "FILE", "none"),
 )  # fmt: skip
 

@@ -70,15 +70,16 @@ def load(
     data: str | None,
     *,
     vocab_size: int = 10_000,
-    min_count: int = 2,
+    min_count: int | None = None,
     max_tokens: int | None = None,
     tokenizer: str | None = None,
 ) -> Corpus:
     """The corpus at `data`: a directory, a file, or None for Python's help texts.
 
-    vocab_size counts `<unk>` and `<eos>`; words seen less than `min_count` times in training become `<unk>`; both are
-    unused with `tokenizer`, the path of a tokenizer.json. `max_tokens` shortens the training split to so many tokens
-    and the others to a tenth of it. Raises CompareError with the reason.
+    vocab_size counts `<unk>` and `<eos>`; words seen less than `min_count` times in training become `<unk>`. Its
+    default is 2, and 1 where the training text has `<unk>` in it, since somebody has chosen the vocabulary then. Both
+    are unused with `tokenizer`, the path of a tokenizer.json. `max_tokens` shortens the training split to so many
+    tokens and the others to a tenth of it. Raises CompareError with the reason.
     """
     name, units = read_units(data)
     split = BLOCK_SPLIT if isinstance(units, list) else "the files of the directory"
@@ -100,6 +101,8 @@ def load(
         return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known)
 
     texts = shorten(split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u)))
+    if min_count is None:
+        min_count = 1 if UNK in texts["train"] else 2
     words = build_vocabulary(texts["train"], vocab_size, min_count)
     index = {word: i for i, word in enumerate(words)}
     train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)

@@ -53,15 +53,19 @@ def perplexity_interval(runs: list[Run]) -> tuple[float, float] | None:
     return interval and (math.exp(min(interval.low, 700)), math.exp(min(interval.high, 700)))
 
 
-def against(baseline: list[Run], variant: list[Run]) -> dict[str, Any] | None:
-    """What is known of the change of the test loss, over the seeds that both have finished; None without one."""
+def against(baseline: list[Run], variant: list[Run], *, block: int | None = None) -> dict[str, Any] | None:
+    """What is known of the change of the test loss, over the seeds that both have finished; None without one.
+
+    block: length of the bootstrap's blocks, default by the length of the text; 1 for losses that are block means.
+    """
     old, new = finished(baseline), finished(variant)
     seeds = [seed for seed in new if seed in old]
     if not seeds:
         return None
     pairs = [(new[s].losses, old[s].losses) for s in seeds]
     per_token = torch.stack([a.double() - b.double() for a, b in pairs if a is not None and b is not None])
-    text = over_text(per_token.mean(0))
+    block = block or block_length(per_token.shape[1])
+    text = over_text(per_token.mean(0), length=block)
     seed_interval = over_seeds(per_token.mean(1).tolist())
     ppl = [math.exp(min(sum(mean_ce(part[s]) for s in seeds) / len(seeds), 700)) for part in (new, old)]
     return {
@@ -71,7 +75,7 @@ def against(baseline: list[Run], variant: list[Run]) -> dict[str, Any] | None:
         "percent": percent(text.mean),
         "confidence": CONFIDENCE,
         "tokens": per_token.shape[1],
-        "block": block_length(per_token.shape[1]),
+        "block": block,
         "over_text": _entry(text),
         "over_seeds": None if seed_interval is None else _entry(seed_interval),
         "over_both": None if seed_interval is None else _entry(over_both(seed_interval, text)),

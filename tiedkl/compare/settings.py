@@ -93,7 +93,7 @@ class Settings:
     price_per_hour: float | None = None  # of the machine, in any currency
     tokenizer: str | None = None  # a Hugging Face tokenizer.json instead of a vocabulary of words
     vocab_size: int = 10_000
-    min_count: int = 2
+    min_count: int | None = None  # 2, or 1 where the text has <unk> in it
     max_tokens: int | None = None  # of the training split
     checkpoint_every: float = 30.0  # seconds
     quiet: bool = False

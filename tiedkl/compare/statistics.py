@@ -84,9 +84,10 @@ def block_length(n: int) -> int:
     return max(1, math.isqrt(n))
 
 
-def over_text(differences: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def over_text(differences: Tensor, *, length: int | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Circular block bootstrap of the mean of per-token differences (n,) in the order of the text.
 
+    length: of a block; default `block_length(n)`. 1 where the differences are means over blocks already.
     Losses of neighbouring tokens are not independent, so whole blocks of consecutive tokens are drawn, which keeps
     the dependence within them. The interval is the basic (pivotal) one and the p-value its counterpart: how often a
     resampled mean strays from the observed mean by as much as that lies from 0.
@@ -95,7 +96,7 @@ def over_text(differences: Tensor, *, resamples: int = RESAMPLES, seed: int = 0)
     """
     d = differences.double().cpu()
     n = len(d)
-    length = block_length(n)
+    length = length or block_length(n)
     n_blocks = -(-n // length)
     ends = torch.cat([d.new_zeros(1), torch.cat([d, d[: length - 1]]).cumsum(0)])
     starts = torch.randint(n, (resamples, n_blocks), generator=torch.Generator().manual_seed(seed))

@@ -58,7 +58,7 @@ class TuneSettings:
     device: str = "cpu"
     seed: int = 1
     vocab_size: int = 10_000
-    min_count: int = 2
+    min_count: int | None = None
     tokenizer: str | None = None
     fresh: bool = False
 

@@ -41,9 +41,9 @@ TRANSFORMER: dict[str, Any] = {
     "batch": 20,
     "bptt": 64,
     "lr": 1e-3,
-    "lr_decay": 0.8,
+    "lr_decay": 0.7,
     "decay_after": 5,
-    "epochs": 15,
+    "epochs": 10,
     "clip": 1.0,
     "temperature": 20.0,
     "gamma": 0.5,
@@ -60,6 +60,7 @@ class Run:
     seed: int
     settings: dict[str, Any]
     fraction: float = 1.0  # of the training text, from its start
+    help_texts: bool = False  # Python's own, the default text of `tiedkl compare`, whatever --data says
     loss: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,15 +68,15 @@ class Run:
         return f"{self.experiment}-{self.label}-{self.seed}"
 
 
-def _four(experiment: str, settings: dict[str, Any], seeds: range, fraction: float = 1.0) -> list[Run]:
-    return [Run(experiment, variant, variant, seed, settings, fraction) for seed in seeds for variant in VARIANTS]
+def _four(experiment: str, settings: dict[str, Any], seeds: range, **more: Any) -> list[Run]:
+    return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in VARIANTS]
 
 
 def _sixteenth() -> Iterator[Run]:
     """The small model on a sixteenth of the text: the four variants, and +REAL with one change at a time."""
     base = PAPER | SIZES["small"] | {"epochs": 20, "decay_after": 8, "lr_decay": 0.75}
     for seed in range(1, 4):
-        yield from _four("sixteenth", base, range(seed, seed + 1), 1 / 16)
+        yield from _four("sixteenth", base, range(seed, seed + 1), fraction=1 / 16)
 
         def run(
             label: str, variant: str = "real", seed: int = seed, loss: dict[str, Any] | None = None, **settings: Any
@@ -105,8 +106,9 @@ def experiments() -> dict[str, list[Run]]:
             for v in ("baseline", "real")
         ],
         "sixteenth": list(_sixteenth()),
-        "quarter": _four("quarter", small | {"epochs": 15, "decay_after": 7}, range(1, 4), 1 / 4),
-        "transformer": _four("transformer", TRANSFORMER, range(1, 3)),
+        "quarter": _four("quarter", small | {"epochs": 15, "decay_after": 7}, range(1, 4), fraction=1 / 4),
+        "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 4),
+        "help_texts": _four("help_texts", {"model": "transformer"}, range(1, 4), help_texts=True),
         "medium": _four("medium", PAPER | SIZES["medium"], range(1, 2)),
         "large": _four("large", PAPER | SIZES["large"], range(1, 2)),
     }

@@ -110,6 +110,34 @@ def show(trainers: dict[str, Trainer], words: list[str], n: int) -> None:
             print(f"    {VARIANTS[name].label:<9}{', '.join(words[i] for i in top[k].tolist())}")
 
 
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table; cells beyond the columns are left out."""
+    lines = [columns, ["---"] * len(columns), *(row[: len(columns)] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The part of results/README.md about the figures in predictions.json, and its pictures."""
+    rows = []
+    for what in next(iter(found["variants"].values())):
+        row = [what]
+        for figures in found["variants"].values():
+            cell = f"{100 * figures[what]['mean']:.2f}%"
+            if "change" in figures[what]:
+                low, high = figures[what]["change"]
+                cell += f" ({100 * low:+.2f} to {100 * high:+.2f})"
+            row.append(cell)
+        rows.append(row)
+    labels = [VARIANTS[name].label for name in found["variants"]]
+    return [
+        "## What the variants predict",
+        markdown(["mean probability on the test text", *labels], rows),
+        f"{found['about']}\nIn brackets the 95% interval of the difference to the first column, in points, over the "
+        "text.\n"
+        f"`python examples/ptb/predictions.py --data DIR`; commit {found['stamp']['git_commit'][:7]}.",
+    ], {}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_options(parser)

@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 60.0
 
 def make_trainer(run: Run, args: argparse.Namespace) -> Trainer:
     """The trainer of a run, at its start."""
-    text = corpora.load(args.data, vocab_size=args.vocab_size)
+    text = corpora.load(None if run.help_texts else args.data, vocab_size=args.vocab_size)
     device = torch.device(args.device)
     settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
     if args.smoke:

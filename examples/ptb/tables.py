@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import predictions
+import subspaces
 import torch
+from predictions import markdown
 
 from tiedkl.compare.evidence import Run, against, mean_curves, perplexity_interval
 from tiedkl.compare.plots import curve
@@ -31,7 +34,8 @@ TITLES = {
     "readings": "Two layers of 200 units, the dropout figure 0.7 read as a probability of dropping",
     "quarter": "Two layers of 200 units, a quarter of the training text",
     "sixteenth": "Two layers of 200 units, a sixteenth of the training text",
-    "transformer": "A Transformer",
+    "transformer": "A Transformer of two layers, a quarter of the training text",
+    "help_texts": "A Transformer on Python's help texts, with the defaults of `tiedkl compare`",
 }
 Figures = dict[str, Any]  # of the runs of one experiment, by name
 
@@ -95,12 +99,6 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
     return markdown(columns, rows)
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table; cells beyond the columns are left out."""
-    lines = [columns, ["---"] * len(columns), *(row[: len(columns)] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def source(experiment: str, figures: Figures) -> str:
     """Command, machine, versions, commits."""
     stamps = [run["stamp"] for run in figures.values()]
@@ -119,59 +117,7 @@ def picture(experiment: str, figures: Figures) -> str:
             if (runs := runs_of(figures, name))
         }
     }
-    svg = curve(report, "valid_ppl", TITLES[experiment], "validation perplexity", log=True)
-    return svg.replace("<svg", '<svg width="540" height="350" style="background:#fff"', 1)
-
-
-def predictions(results: Path) -> list[str]:
-    """What predictions.py measured."""
-    file = results / "predictions.json"
-    if not file.exists():
-        return []
-    found = json.loads(file.read_text())
-    rows = []
-    for what in next(iter(found["variants"].values())):
-        row = [what]
-        for figures in found["variants"].values():
-            cell = f"{100 * figures[what]['mean']:.2f}%"
-            if "change" in figures[what]:
-                low, high = figures[what]["change"]
-                cell += f" ({100 * low:+.2f} to {100 * high:+.2f})"
-            row.append(cell)
-        rows.append(row)
-    labels = [VARIANTS[name].label for name in found["variants"]]
-    return [
-        "## What the variants predict",
-        markdown(["mean probability on the test text", *labels], rows),
-        f"{found['about']}\nIn brackets the 95% interval of the difference to the first column, in points, over the "
-        "text.\n"
-        f"`python examples/ptb/predictions.py --data DIR`; commit {found['stamp']['git_commit'][:7]}.",
-    ]
-
-
-def subspaces(results: Path) -> list[str]:
-    """What subspaces.py measured: a line a beta, a column a temperature."""
-    file = results / "subspaces.json"
-    if not file.exists():
-        return []
-    report = json.loads(file.read_text())
-    runs, s = list(report["runs"].values()), report["settings"]
-    temperatures = sorted({run["tau"] for run in runs})
-    rows = []
-    for beta in sorted({run["beta"] for run in runs}):
-        at = {run["tau"]: run["distance"] for run in runs if run["beta"] == beta}
-        same = len(at) == 1  # at beta = 0 the temperature plays no part
-        rows.append(
-            [f"{beta:g}", *(f"{next(iter(at.values())) if same else at.get(t, math.nan):.3f}" for t in temperatures)]
-        )
-    return [
-        "## Figure 1: distance of the classifier from the embedding it does not share",
-        markdown(["β", *(f"τ = {t:g}" for t in temperatures)], rows),
-        f"||W - L L⁺W|| / ||W||; {s['words']:,} words, {s['vocabulary']:,} distinct, {s['hidden']} units, "
-        f"{s['epochs']} epochs; spaces drawn at\nrandom are {s['random']:.3f} apart. "
-        "The paper: near 1 at β = 0, about 0.06 at β = 1 and τ = 10.\n"
-        f"`python examples/ptb/subspaces.py --data DIR`; commit {report['stamp']['git_commit'][:7]}.",
-    ]
+    return curve(report, "valid_ppl", TITLES[experiment], "validation perplexity", log=True)
 
 
 def pages(results: Path) -> dict[str, str]:
@@ -200,8 +146,19 @@ def pages(results: Path) -> dict[str, str]:
             parts += ["+REAL with one change at a time:"] * bool(again)
             parts.append(table(again | changed, "real"))
         parts.append(source(experiment, figures))
-    files["README.md"] = "\n\n".join([*parts, *predictions(results), *subspaces(results)]) + "\n"
-    return files
+    for module in (predictions, subspaces):
+        file = results / f"{module.__name__}.json"
+        if file.exists():
+            text, pictures = module.section(json.loads(file.read_text()))
+            parts += text
+            files |= pictures
+    files["README.md"] = "\n\n".join(parts) + "\n"
+    return {name: as_file(text) if name.endswith(".svg") else text for name, text in files.items()}
+
+
+def as_file(svg: str) -> str:
+    """An `<svg>` element as a file that has a size of its own and can be seen on a dark page."""
+    return svg.replace("<svg", '<svg width="540" height="350" style="background:#fff"', 1)
 
 
 def main() -> int:

@@ -134,3 +134,16 @@ def test_the_share_outside_a_space(modules: Any) -> None:
     assert outside(
         orthogonal / orthogonal.norm() + q[:, :1] @ torch.full((1, 4), 0.5).double(), basis
     ) == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.slow
+def test_figure_1_goes_on_and_is_shown(tmp_path: Path) -> None:
+    out = ("--smoke", "--out", str(tmp_path / "subspaces.json"))
+    first = run("subspaces.py", *out)
+    report = json.loads((tmp_path / "subspaces.json").read_text())
+    assert list(report["runs"]) == ["beta=0", "beta=1 tau=1", "beta=1 tau=10"], "at beta 0 the temperature is nothing"
+    assert run("subspaces.py", *out) == first, "what was trained is not trained again"
+    page = run("tables.py", "--results", str(tmp_path))
+    distance = report["runs"]["beta=0"]["distance"]
+    assert f"| 0 | {distance:.3f} | {distance:.3f} |" in page
+    assert "τ = 10" in (tmp_path / "subspaces.svg").read_text()

@@ -10,7 +10,7 @@ from torch import Tensor
 import tiedkl
 from tiedkl.compare.training import Trainer
 
-AVERAGE_DECAY = 0.999  # of the moving average of the embedding, a step
+AVERAGE_DECAY = 0.999  # of the moving average of the embedding, a step; less in the first, so that it forgets its start
 
 
 class AblatedTrainer(Trainer):
@@ -20,7 +20,7 @@ class AblatedTrainer(Trainer):
     label_smoothing: of the cross-entropy.
     temperatures: (first, last) of a straight line over the training steps; alpha = gamma * temperature follows.
     similarity: "average", an exponential moving average of the embedding, or "frozen", the embedding of another model
-        (`vectors`, (V, D)), as source of the similarity target.
+        (`vectors`, (V, D)), as source of the similarity target; whose it is run.py reads from "vectors".
     """
 
     _PLAIN = (*Trainer._PLAIN, "source")
@@ -69,4 +69,5 @@ class AblatedTrainer(Trainer):
         super()._train_step()
         if self.options.get("similarity") == "average" and self.source is not None:
             with torch.no_grad():
-                self.source.lerp_(self.model.embedding.weight, 1 - AVERAGE_DECAY)
+                decay = min(AVERAGE_DECAY, (1 + self.steps_done) / (10 + self.steps_done))
+                self.source.lerp_(self.model.embedding.weight, 1 - decay)

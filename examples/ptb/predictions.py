@@ -2,10 +2,10 @@
 
     python examples/ptb/predictions.py --data DIR [--runs ptb-runs] [--show 5]
 
-The paper says of +REAL that it gives <unk> and very frequent words less probability, and words near the target in
-embedding space more. Measured on every token of the test text with the weights that run.py left in --runs (best epoch
-by validation). Near are the ten words of highest cosine similarity to the target, of the reported words only, once in
-the variant's own input embedding and once in the baseline's, which is the same yardstick for all.
+The paper says of +REAL that it gives <unk> and very frequent function words less probability, and words near the
+target in embedding space more. Measured on every token of the test text with the weights that run.py left in --runs
+(best epoch by validation). Near are the ten words of highest cosine similarity to the target, once in the variant's
+own input embedding and once in the baseline's, which is the same yardstick for all.
 --show N prints contexts of the test text with the words that each variant holds most likely.
 """
 
@@ -18,25 +18,29 @@ from typing import Any
 
 import torch
 from experiments import experiments
-from run import add_text_options, make_trainer
+from page import commit, markdown
+from run import add_text_options, identity_of, make_trainer, resume, settings_of, text_of
 from torch import Tensor
 
-from tiedkl.compare import corpus as corpora
+from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.settings import VARIANTS, CompareError
 from tiedkl.compare.statistics import over_text
-from tiedkl.compare.store import Store, write_atomically
+from tiedkl.compare.store import write_atomically
 from tiedkl.compare.training import Trainer
 from tiedkl.environment import stamp
 
-N_FREQUENT, N_NEAR, N_TOP, CONTEXT = 20, 10, 8, 12
+N_NEAR, N_TOP, CONTEXT = 10, 8, 12
 UNK, EOS = 0, 1
+# articles, prepositions, conjunctions, pronouns and auxiliaries, frequent in any English text
+FUNCTION_WORDS = """\
+the of to a in and that for is it on by at as from with was be are its an has have but or this will which he
+they not we who had their would about been one more than if when there were all up out some no also can could"""
 
 
-def frequent_words(train: Tensor, n_vocab: int) -> Tensor:
-    """Ids of the most frequent words of the training text, <unk> and <eos> left out: nearly all are function words."""
-    counts = train.bincount(minlength=n_vocab)
-    counts[[UNK, EOS]] = 0
-    return counts.topk(min(N_FREQUENT, n_vocab)).indices
+def function_words(words: list[str]) -> Tensor:
+    """Ids of the function words in the vocabulary."""
+    known = {word: i for i, word in enumerate(words)}
+    return torch.tensor([known[word] for word in FUNCTION_WORDS.split() if word in known])
 
 
 def nearest(embedding: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ def nearest(embedding: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(trainer: Trainer, frequent: Tensor, yardstick: Tensor) -> dict[str, Tensor]:
+def measure(trainer: Trainer, function: Tensor, yardstick: Tensor) -> dict[str, Tensor]:
     """Per-token figures of the test text, each (n_tokens,) in the order of the text."""
     model = trainer.model.eval()
     own = nearest(model.embedding.weight)
@@ -67,7 +71,7 @@ def measure(trainer: Trainer, frequent: Tensor, yardstick: Tensor) -> dict[str, 
         figures = {
             "target": p.gather(-1, ids[..., None])[..., 0],
             "unk": p[..., UNK],
-            "frequent": p[..., frequent].sum(-1),
+            "function": p[..., function].sum(-1),
             "near, own embedding": p.gather(-1, own[ids]).sum(-1),
             "near, baseline's embedding": p.gather(-1, yardstick[ids]).sum(-1),
         }
@@ -77,16 +81,16 @@ def measure(trainer: Trainer, frequent: Tensor, yardstick: Tensor) -> dict[str, 
     return {name: torch.cat(parts).T.reshape(-1)[keep].cpu() for name, parts in columns.items()}
 
 
-def summary(tokens: dict[str, Tensor], target: Tensor, frequent: Tensor) -> dict[str, Tensor]:
+def summary(tokens: dict[str, Tensor], target: Tensor, function: Tensor) -> dict[str, Tensor]:
     """The figures of the report: per-token values (n,) over the tokens that each speaks of."""
-    is_unk, is_frequent = target == UNK, torch.isin(target, frequent)
+    is_unk, is_function = target == UNK, torch.isin(target, function)
     word = ~is_unk & (target != EOS)
     return {
         "the right word": tokens["target"],
         "`<unk>`, where it is wrong": tokens["unk"][~is_unk],
         "`<unk>`, where it is right": tokens["unk"][is_unk],
-        f"the {len(frequent)} most frequent words, where they are wrong": tokens["frequent"][~is_frequent],
-        f"the {len(frequent)} most frequent words, where one is right": tokens["frequent"][is_frequent],
+        f"{len(function)} function words, where they are wrong": tokens["function"][~is_function],
+        f"{len(function)} function words, where one is right": tokens["function"][is_function],
         f"the {N_NEAR} words nearest the right one, in the variant's embedding": tokens["near, own embedding"][word],
         f"the {N_NEAR} words nearest the right one, in the baseline's": tokens["near, baseline's embedding"][word],
     }
@@ -110,12 +114,6 @@ def show(trainers: dict[str, Trainer], words: list[str], n: int) -> None:
             print(f"    {VARIANTS[name].label:<9}{', '.join(words[i] for i in top[k].tolist())}")
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table; cells beyond the columns are left out."""
-    lines = [columns, ["---"] * len(columns), *(row[: len(columns)] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """The part of results/README.md about the figures in predictions.json, and its pictures."""
     rows = []
@@ -134,8 +132,45 @@ def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
         markdown(["mean probability on the test text", *labels], rows),
         f"{found['about']}\nIn brackets the 95% interval of the difference to the first column, in points, over the "
         "text.\n"
-        f"`python examples/ptb/predictions.py --data DIR`; commit {found['stamp']['git_commit'][:7]}.",
+        f"`python examples/ptb/predictions.py --data DIR`; commit {commit(found['stamp'])}.",
     ], {}
+
+
+def trained(args: argparse.Namespace) -> tuple[dict[str, Trainer], Corpus]:
+    """The trained variants, the baseline first, and their text."""
+    trainers, text = {}, None
+    for run in experiments()[args.experiment]:
+        if run.seed != args.seed or run.label not in VARIANTS:
+            continue
+        trainer, text = make_trainer(run, args), text_of(run, args)
+        resume(trainer, run, identity_of(run, text, settings_of(run, text, args)), args.runs)
+        if not trainer.done:
+            print(f"{run.name} has not been trained to its end in {args.runs}: left out", file=sys.stderr)
+            continue
+        trainer.model.load_state_dict(trainer.best["weights"])
+        trainers[run.variant] = trainer
+    if text is None or "baseline" not in trainers:
+        raise CompareError(f"the baseline of {args.experiment}, seed {args.seed}, is missing: run.py trains it")
+    return trainers, text
+
+
+def compare(trainers: dict[str, Trainer], function: Tensor) -> dict[str, dict[str, Any]]:
+    """Each variant's mean of every figure, and the interval of its difference to the baseline's."""
+    base = trainers["baseline"]
+    yardstick = nearest(base.model.embedding.weight)
+    target = base.data.test[1].T.reshape(-1)
+    target = target[target >= 0].cpu()
+    figures: dict[str, dict[str, Any]] = {}
+    first: dict[str, Tensor] = {}
+    for name, trainer in trainers.items():
+        values = summary(measure(trainer, function, yardstick), target, function.cpu())
+        first = first or values
+        figures[name] = {what: {"mean": float(per_token.double().mean())} for what, per_token in values.items()}
+        if values is not first:
+            for what, per_token in values.items():
+                interval = over_text(per_token.double() - first[what].double())
+                figures[name][what]["change"] = [interval.low, interval.high]
+    return figures
 
 
 def main() -> int:
@@ -145,49 +180,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="contexts to print")
     args = parser.parse_args()
-    store, trainers = Store(args.runs), {}
-    for run in experiments()[args.experiment]:
-        if run.seed == args.seed and run.label in VARIANTS:
-            trainer = make_trainer(run, args)
-            state = store.load(run.name, trainer.device)
-            if state is None or not state["best"]:
-                print(f"{run.name} is not in {args.runs}: train it with run.py, for an epoch at least", file=sys.stderr)
-                continue
-            trainer.model.load_state_dict(state["best"]["weights"])
-            trainers[run.variant] = trainer
-    if "baseline" not in trainers:
-        raise CompareError("the baseline is what the others are compared with; it is missing")
-    text = corpora.load(args.data, vocab_size=args.vocab_size)
-    base = trainers["baseline"]
-    frequent = frequent_words(text.train, len(text.words)).to(base.device)
-    yardstick = nearest(base.model.embedding.weight)
-    target = base.data.test[1].T.reshape(-1)
-    target = target[target >= 0].cpu()
-    figures: dict[str, dict[str, Any]] = {}
-    first: dict[str, Tensor] = {}
-    for name, trainer in trainers.items():
-        values = summary(measure(trainer, frequent, yardstick), target, frequent.cpu())
-        first = first or values
-        figures[name] = {}
-        for what, per_token in values.items():
-            figures[name][what] = {"mean": float(per_token.double().mean())}
-            if values is not first:
-                interval = over_text(per_token.double() - first[what].double())
-                figures[name][what]["change"] = [interval.low, interval.high]
-    for what in first:
-        print(
-            f"{what:<70}" + "".join(f"{VARIANTS[v].label} {100 * figures[v][what]['mean']:6.2f}%   " for v in figures)
-        )
-    share = [float((target == UNK).double().mean()), float(torch.isin(target, frequent.cpu()).double().mean())]
+    trainers, text = trained(args)
+    device = trainers["baseline"].device
+    function = function_words(text.words).to(device)
+    figures = compare(trainers, function)
+    shares = [100 * float(torch.isin(text.test, ids.cpu()).double().mean()) for ids in (torch.tensor([UNK]), function)]
     about = (
-        f"{args.experiment}, seed {args.seed}, {len(target):,} tokens of {text.name}; {100 * share[0]:.1f}% of them "
-        f"are `<unk>`, {100 * share[1]:.1f}% one of the most frequent: "
-        f"{', '.join(text.words[i] for i in frequent.tolist())}."
+        f"{args.experiment}, seed {args.seed} alone, {len(text.test):,} tokens of {text.name}; {shares[0]:.1f}% of "
+        f"them are `<unk>`, {shares[1]:.1f}% function words: {', '.join(text.words[i] for i in function.tolist())}."
     )
-    print(about)
-    report = {"about": about, "stamp": stamp(base.device), "variants": figures}
+    report = {"about": about, "stamp": stamp(device), "variants": figures}
     args.results.mkdir(parents=True, exist_ok=True)
     write_atomically(args.results / "predictions.json", (json.dumps(report, indent=1) + "\n").encode())
+    print("\n\n".join(section(report)[0]))
     if args.show:
         show(trainers, text.words, args.show)
     return 0

@@ -17,6 +17,7 @@ import argparse
 import fnmatch
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -31,9 +32,10 @@ from experiments import Run, experiments
 from torch import Tensor
 
 from tiedkl.compare import corpus as corpora
+from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
 from tiedkl.compare.statistics import block_length
-from tiedkl.compare.store import Store, write_atomically
+from tiedkl.compare.store import Store, differences, write_atomically
 from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
 
@@ -41,63 +43,93 @@ HERE = Path(__file__).parent
 CHECKPOINT_SECONDS = 60.0
 
 
+def text_of(run: Run, args: argparse.Namespace) -> Corpus:
+    """The text of a run, its training split cut to the run's part. The vocabulary is that of the whole."""
+    text = corpora.load(None if run.help_texts else args.data, vocab_size=args.vocab_size)
+    if args.smoke:
+        text = replace(text, train=text.train[:600], valid=text.valid[:200], test=text.test[:200])
+    return replace(text, train=text.train[: int(len(text.train) * run.fraction)])
+
+
+def settings_of(run: Run, text: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    """Every setting of a run."""
+    settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
+    return settings | ({"epochs": 1, "hidden": 16, "batch": 4, "bptt": 8} if args.smoke else {})
+
+
+def identity_of(run: Run, text: Corpus, settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same run: figures and checkpoints of any other are not taken for it."""
+    facts = text.facts()
+    return {
+        "variant": run.variant,
+        "loss": run.loss,
+        "settings": {k: v for k, v in settings.items() if k not in ("threads", "impl", "checkpoint_every")},
+        "text": {k: facts[k] for k in ("name", "vocabulary", "tokens", "sha256")},
+    }
+
+
+def check(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+    """Raise CompareError when two identities differ."""
+    flat = [
+        i | (i.get("settings") or {}) | {"settings": None, "corpus": i.get("text"), "text": None} for i in (old, new)
+    ]
+    if what := differences(*flat):
+        raise CompareError(f"{where} is of another run ({what}): move it away, or choose another --runs and --results")
+
+
 def make_trainer(run: Run, args: argparse.Namespace) -> Trainer:
     """The trainer of a run, at its start."""
-    text = corpora.load(None if run.help_texts else args.data, vocab_size=args.vocab_size)
-    device = torch.device(args.device)
-    settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
-    if args.smoke:
-        settings |= {"epochs": 1, "hidden": 16, "batch": 4, "bptt": 8}
-        text = replace(text, train=text.train[:600], valid=text.valid[:200], test=text.test[:200])
-    text = replace(text, train=text.train[: int(len(text.train) * run.fraction)])
-    data = Data.of(text, settings["batch"], device)
-    variant = VARIANTS[run.variant]
+    text, device = text_of(run, args), torch.device(args.device)
+    settings = settings_of(run, text, args)
+    data, variant = Data.of(text, settings["batch"], device), VARIANTS[run.variant]
     if not run.loss:
         return Trainer(variant, settings, data, device)
     vectors = None
-    if run.loss.get("similarity") == "frozen":  # the embedding that the same experiment's +RE learned
-        source = replace(run, label="re", loss={}).name
-        state = Store(args.runs).load(source, device)
-        if state is None or not state["best"]:
-            raise CompareError(f"{run.name} takes its vectors from {source}: train that first, for an epoch at least")
+    if run.loss.get("similarity") == "frozen":  # the embedding that +RE has learned
+        source = f"{run.loss['vectors']}-re-{run.seed}"
+        state = Store(str(args.runs)).load(source, device)
+        if state is None or state["test_losses"] is None:
+            raise CompareError(f"{run.name} takes its vectors from {source}: train that to its end first")
         vectors = state["best"]["weights"]["embedding.weight"]
     return AblatedTrainer(variant, settings, data, device, options=run.loss, vectors=vectors)
 
 
-def train(run: Run, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Continue a run until it is done, `deadline` (time.time) or Ctrl-C; its figures."""
+def resume(trainer: Trainer, run: Run, identity: dict[str, Any], runs: Path) -> bool:
+    """Load the run's checkpoint where there is one."""
+    state = Store(str(runs)).load(run.name, trainer.device)
+    if state is None:
+        return False
+    check(state.get("identity", {}), identity, f"the checkpoint {runs / run.name}.pt")
+    trainer.load_state_dict(state)
+    return True
+
+
+def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline: float, parent: int) -> dict[str, Any]:
+    """Continue a run until it is done, `deadline` (time.time), SIGINT, or the death of `parent`; its figures."""
     stopped: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # `main` blocked it: an interrupted import is a mess
     torch.set_num_threads(args.threads)
-    trainer, store = make_trainer(run, args), Store(args.runs)
-    state = store.load(run.name, trainer.device)
-    if state is not None:
-        try:
-            trainer.load_state_dict(state)
-        except (RuntimeError, KeyError) as error:
-            why = str(error).splitlines()[0]
-            raise CompareError(f"the checkpoint {run.name}.pt is not of this run: {why} Move it away.") from None
+    trainer, store = make_trainer(run, args), Store(str(args.runs))
+    resume(trainer, run, identity, args.runs)
 
     saved = time.monotonic()
     for event in trainer.run():
-        stop = bool(stopped) or time.time() > deadline
+        stop = bool(stopped) or time.time() > deadline or os.getppid() != parent
         if event == "epoch":
             last = trainer.curves[-1]
             print(f"{run.name}: epoch {last['epoch']}, validation {last['valid_ppl']:.2f}", flush=True)
         if stop or event != "step" or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            store.save(run.name, trainer.state_dict())
+            store.save(run.name, trainer.state_dict() | {"identity": identity})
             saved = time.monotonic()
         if stop and event != "done":
             break
-    settings = {k: v for k, v in trainer.settings.items() if k not in ("threads", "impl", "checkpoint_every")}
     return {
         "experiment": run.experiment,
         "label": run.label,
-        "variant": run.variant,
         "seed": run.seed,
         "fraction": run.fraction,
-        "loss": run.loss,
-        "settings": settings,
+        **identity,
         "stamp": stamp(trainer.device),
         "test_blocks": None if trainer.test_losses is None else block_means(trainer.test_losses),
         **trainer.result(),
@@ -126,7 +158,22 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="toy size")
 
 
-def main() -> int:
+def chosen_runs(args: argparse.Namespace) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs that the command names, each with its identity."""
+    texts: dict[tuple[bool, float], Corpus] = {}
+    chosen = []
+    for run in experiments()[args.experiment]:
+        if fnmatch.fnmatch(run.label, args.only) and (args.seed is None or run.seed in args.seed):
+            key = (run.help_texts, run.fraction)
+            text = texts[key] = texts.get(key) or text_of(run, args)
+            chosen.append((run, identity_of(run, text, settings_of(run, text, args))))
+    if not chosen:
+        raise CompareError(f"no run of {args.experiment} is called {args.only} with that seed")
+    return chosen
+
+
+def arguments(command: list[str] | None = None) -> argparse.Namespace:
+    """The parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=list(experiments()))
     add_text_options(parser)
@@ -134,30 +181,31 @@ def main() -> int:
     parser.add_argument("--seed", type=int, action="append", help="only this seed; repeatable")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    args = parser.parse_args()
+    return parser.parse_args(command)
+
+
+def main() -> int:
+    args = arguments()
     deadline = time.time() + 60 * args.minutes
-    chosen = [
-        run
-        for run in experiments()[args.experiment]
-        if fnmatch.fnmatch(run.label, args.only) and (args.seed is None or run.seed in args.seed)
-    ]
-    if not chosen:
-        parser.error(f"no run of {args.experiment} is called {args.only}")
     args.runs.mkdir(parents=True, exist_ok=True)
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"{args.experiment}.json"
-    figures = read(file)
-    todo = [run for run in chosen if figures.get(run.name, {}).get("status") != "done"]
+    chosen, figures = chosen_runs(args), read(file)
+    for run, identity in chosen:
+        if run.name in figures:
+            check({k: figures[run.name].get(k) for k in identity}, identity, f"{run.name} in {file}")
+    todo = [pair for pair in chosen if figures.get(pair[0].name, {}).get("status") != "done"]
     print(f"{len(chosen) - len(todo)} of {len(chosen)} runs are done", flush=True)
-    status = 0
-    context = multiprocessing.get_context("spawn")
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # the workers stop, and then there is nothing to wait for
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        pending = iter(todo)
-        running = {}
+    status, interrupts = 0, []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))  # the workers stop by themselves
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: dict[Any, Run] = {}
         while True:
-            while len(running) < args.jobs and time.time() < deadline and (run := next(pending, None)):
-                running[pool.submit(train, run, args, deadline)] = run
+            while len(running) < args.jobs and time.time() < deadline and not interrupts and todo:
+                run, identity = todo.pop(0)
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the worker inherits it
+                running[pool.submit(train, run, args, identity, deadline, os.getpid())] = run
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if not running:
                 break
             for future in [f for f in running if f.done()]:
@@ -170,13 +218,18 @@ def main() -> int:
                     continue
                 figures = read(file) | {run.name: result}  # another process may have written too
                 write_atomically(file, (json.dumps(figures, indent=1) + "\n").encode())
-                if figures[run.name]["status"] != "done" and time.time() < deadline:
-                    pending = iter(())  # interrupted
+            if interrupts:  # a signal for this process alone is for the workers too
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid or 0, signal.SIGINT)
             time.sleep(0.2)
-    left = sum(figures.get(run.name, {}).get("status") != "done" for run in chosen)
+    figures = read(file)
+    left = sum(figures.get(run.name, {}).get("status") != "done" for run, _ in chosen)
     print(f"{left} of {len(chosen)} runs are left; the same command continues" if left else "all runs are done")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CompareError as error:
+        sys.exit(f"error: {error}")

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tiedkl.compare import CompareError, Settings
+from tiedkl.compare import corpus as compare_corpus
+from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.statistics import over_text
+from tiedkl.compare.training import Data
 
 FOLDER = Path(__file__).parents[2] / "examples" / "ptb"
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, fails: bool = False) -> str:
+    """What a script prints; with `fails`, its errors."""
     done = subprocess.run(
         [sys.executable, str(FOLDER / script), *arguments],
         capture_output=True,
@@ -27,17 +37,19 @@ def run(script: str, *arguments: str) -> str:
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert (done.returncode != 0) is fails, done.stderr
+    return done.stderr if fails else done.stdout
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("experiments", "ablated", "run", "predictions", "tables", "subspaces")
+    names = ("page", "experiments", "ablated", "run", "predictions", "subspaces", "tables")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return {name: importlib.import_module(name) for name in names}
+    before = signal.getsignal(signal.SIGINT)
+    yield {name: importlib.import_module(name) for name in names}
+    signal.signal(signal.SIGINT, before)  # run.train has its own
 
 
 def numbers(file: Path) -> dict[str, Any]:
@@ -46,12 +58,18 @@ def numbers(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_an_experiment_that_is_stopped_goes_on_to_the_same_figures(tmp_path: Path) -> None:
+def test_an_experiment_that_is_stopped_goes_on_to_the_same_figures(tmp_path: Path, modules: Any) -> None:
     common = ("small", "--smoke", "--seed", "1", "--only", "re*", "--threads", "1")
     whole = ("--runs", str(tmp_path / "a"), "--results", str(tmp_path / "a"))
     assert "all runs are done" in run("run.py", *common, *whole, "--jobs", "2")
-    parts = ("--runs", str(tmp_path / "b"), "--results", str(tmp_path / "b"))
+    folder = str(tmp_path / "b")
+    parts = ("--runs", folder, "--results", folder)
     assert "2 of 2 runs are left" in run("run.py", *common, *parts, "--minutes", "0")
+    args = modules["run"].arguments([*common, *parts])
+    for chosen, identity in modules["run"].chosen_runs(args):  # stop both after their first step
+        left = modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
+        assert (left["status"], left["test_ppl"]) == ("partial", None)
+        assert 0 < left["epochs_done"] < 1
     run("run.py", *common, *parts)
     right = numbers(tmp_path / "a" / "small.json")
     assert numbers(tmp_path / "b" / "small.json") == right
@@ -61,7 +79,98 @@ def test_an_experiment_that_is_stopped_goes_on_to_the_same_figures(tmp_path: Pat
     assert "| +REAL | " in page
     assert "| 86.3 | 82.7 | -5.3% |" in page, "the paper's figures stand beside"
     assert (tmp_path / "a" / "small.svg").read_text().startswith("<svg")
-    assert "<unk>, where it is wrong" not in page, "not measured yet"
+    assert "where it is wrong" not in page, "not measured yet"
+
+
+@pytest.mark.slow
+def test_figures_and_checkpoints_of_another_run_are_refused(tmp_path: Path, modules: Any) -> None:
+    folder = str(tmp_path)
+    command = [
+        "small",
+        "--smoke",
+        "--seed",
+        "1",
+        "--only",
+        "re",
+        "--threads",
+        "1",
+        "--runs",
+        folder,
+        "--results",
+        folder,
+    ]
+    run("run.py", *command)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"other.{split}.txt").write_text("a b c d e f g h\n" * 100, encoding="utf-8")
+    other = run("run.py", *command, "--data", folder, fails=True)
+    assert "small-re-1 in" in other
+    assert "is of another run (the text" in other
+    (tmp_path / "small.json").unlink()
+    args = modules["run"].arguments([*command, "--vocab-size", "500"])
+    ((chosen, identity),) = modules["run"].chosen_runs(args)
+    with pytest.raises(CompareError, match=r"small-re-1\.pt is of another run"):
+        modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
+
+
+LOSSES = [
+    {},
+    {"label_smoothing": 0.1},
+    {"target_grad": True},
+    {"temperatures": [40.0, 10.0]},
+    {"similarity": "average"},
+    {"similarity": "frozen"},
+]
+
+
+@pytest.mark.parametrize("variant", ["al", "real"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: next(iter(loss.values()), "none") if loss else "none")
+def test_an_ablation_changes_the_loss_as_it_says(loss: dict[str, Any], variant: str, modules: Any) -> None:
+    """The gradients of a step against autograd's of the formula; and a checkpoint goes on to the same bits."""
+    data = compare_corpus.load(None)
+    data = replace(data, train=data.train[:300], valid=data.valid[:40], test=data.test[:40])
+    settings = Settings(hidden=8, batch=4, bptt=10, epochs=1, dropout=0.0, temperature=5.0, clip=1e9, seed=3)
+    resolved = settings.resolved(300)
+    vectors = torch.randn(len(data.words), 8, generator=torch.Generator().manual_seed(1))
+
+    def trainer() -> Any:
+        made = Data.of(data, 4, torch.device("cpu"))
+        kind = modules["ablated"].AblatedTrainer
+        return kind(VARIANTS[variant], resolved, made, torch.device("cpu"), options=loss, vectors=vectors)
+
+    whole = trainer()
+    steps = whole.run()
+    for _ in range(3):
+        next(steps)
+    before = copy.deepcopy(whole)
+    k = whole.step
+    next(steps)
+    model = before.model.double()
+    window = slice(10 * k, 10 * k + 10)
+    inputs, targets = (t[window] for t in before.data.train)
+    state = [(h.double(), c.double()) for h, c in before.carried]
+    hidden, _ = model(inputs, state, before.generator)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    metric = {"average": before.source, "frozen": vectors}.get(loss.get("similarity", ""), model.embedding.weight)
+    metric = metric if loss.get("target_grad") else metric.detach()
+    first, last = loss.get("temperatures", [5.0, 5.0])
+    tau = first + (last - first) * k / (whole.steps_per_epoch - 1)
+    logits = hidden @ model.weight.T + model.bias
+    similar = (metric[targets].double() @ metric.double().T / tau).softmax(-1)
+    ce = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=loss.get("label_smoothing", 0.0))
+    kl = (similar * (similar.log() - (logits / tau).log_softmax(-1))).sum()
+    ((ce + 0.5 * tau * kl) / 4).backward()
+    for (name, old), new in zip(model.named_parameters(), whole.model.parameters(), strict=True):
+        moved = (old - new.detach().double()) / before.learning_rate()
+        torch.testing.assert_close(moved, old.grad, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+    saved = io.BytesIO()
+    torch.save(whole.state_dict(), saved)
+    saved.seek(0)
+    other = trainer()
+    other.load_state_dict(torch.load(saved, weights_only=True))
+    for t in (whole, other):
+        list(t.run())
+    assert whole.test_losses.equal(other.test_losses)
 
 
 @pytest.mark.slow
@@ -87,7 +196,8 @@ def test_nearest_words(modules: Any) -> None:
     assert near.shape == (6, 3), "no more words than there are"
     assert near[3].tolist() == [2, 5, 4], "by angle, not by length; <unk>, <eos> and itself left out"
     assert near[4].tolist()[0] == 5
-    assert modules["predictions"].frequent_words(torch.tensor([0, 0, 0, 1, 1, 1, 3, 3, 4]), 5).tolist()[:2] == [3, 4]
+    words = ["<unk>", "<eos>", "company", "of", "N", "the"]
+    assert modules["predictions"].function_words(words).tolist() == [5, 3]
 
 
 def test_blocks_of_losses_hold_the_mean_and_what_a_bootstrap_needs(modules: Any) -> None:
@@ -108,7 +218,7 @@ def test_a_table_compares_with_its_control(modules: Any) -> None:
     runs = {f"{v}-{s}": figures(v, s, ppl) for v, ppl in (("al", 95.0), ("baseline", 100.0)) for s in (1, 2)}
     lines = modules["tables"].table(runs).splitlines()
     assert lines[2].startswith("| baseline | 1,000 | 2 | 3/3 | 100.00 | ")
-    assert "| -5.0% (-5.0 to -5.0) |" in lines[3]
+    assert "| -5.0%* (-5.0 to -5.0) |" in lines[3]
     del runs["al-2"]  # a seed that only the control has plays no part
     runs["al-1"]["status"] = "partial"
     runs["al-1"] |= {"epochs_done": 1.5, "epochs_planned": 3}

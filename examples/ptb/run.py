@@ -2,7 +2,7 @@
 
     python examples/ptb/run.py small --data DIR                          one run after the other
     python examples/ptb/run.py small --data DIR --jobs 2 --threads 1     two at a time
-    python examples/ptb/run.py large --data DIR --device cuda --minutes 10
+    python examples/ptb/run.py large --data DIR --device cuda --minutes 9
     python examples/ptb/run.py sixteenth --data DIR --only 'tau*'        labels by pattern
     python examples/ptb/tables.py                                        what came out
 

@@ -15,7 +15,10 @@ from typing import Any
 from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, load_config, parse_variants
 
 BAD_INPUT, INTERRUPTED = 2, 130
-DATA = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
+DATA = (
+    "directory with *.train.txt, *.valid.txt, *.test.txt, taken as already tokenised (split at white space only); or "
+    "one text file, which is lower-cased and split at punctuation"
+)
 
 
 def add_option(

@@ -99,6 +99,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--vocab-size", "largest vocabulary", int, "N")
     option("--min-count", "rarer words become <unk>", int, "N", "2, or 1 where the text has <unk> in it")
     option("--max-tokens", "use only so many training tokens, and a tenth of it for each other split", int, "N", "all")
+    option("--tuned-for", "the variant that the settings were searched for, which the report then says", metavar="NAME",
+           shown="what --config says")  # fmt: skip
     option("--checkpoint-every", "seconds between checkpoints", float, "S")
     parser.add_argument(
         "--no-tied-bias",

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from tiedkl.cli import compare as command
-from tiedkl.compare import CompareError
+from tiedkl.compare import CompareError, Settings, compare
 from tiedkl.compare.settings import load_config, load_loss_options
+from tiedkl.compare.verdict import limits
 
 from .test_command import parser
+from .test_resume import numbers
 
 
 def write(path: Path, content: Any) -> str:
@@ -29,6 +31,46 @@ def test_settings_alone_or_under_a_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"settings": {"lr": 2.0}, "variant": "real"}, "real"),
+        ({"settings": {"lr": 2.0}, "variant": "real", "tuned_for": "re"}, "re"),
+        ({"settings": {"lr": 2.0}, "variant": "real", "tuned_for": None}, "real"),
+        ({"settings": {"lr": 2.0, "tuned_for": "al"}}, "al"),
+        ({"lr": 2.0, "tuned_for": "baseline"}, "baseline"),
+        ({"settings": {"lr": 2.0}}, None),
+    ],
+)
+def test_file_of_a_search_names_the_variant(tmp_path: Path, content: Any, expected: str | None) -> None:
+    file = write(tmp_path / "c.json", content)
+    assert Settings(**load_config(file)).tuned_for == expected
+    assert "tuned_for" not in load_loss_options(file)
+
+
+def test_report_says_for_whom_the_settings_were_searched(toy: Any, tmp_path: Path) -> None:
+    """From the file to the report; a finished comparison is found again, since no number depends on it."""
+    plain = compare(toy(epochs=1))
+    file = write(tmp_path / "best.json", {"settings": {"lr": 1.0}, "variant": "real"})
+    tuned = compare(toy(epochs=1, **load_config(file)))
+    assert numbers(tuned) == numbers(plain)
+    limit = (
+        "The settings (lr, dropout, ...) were searched for +REAL; the baseline uses them without a search of its own, "
+        "which favours +REAL."
+    )
+    common = "The settings are common to all variants, not tuned for each."
+    assert (limit in tuned["limits"], common in tuned["limits"]) == (True, False)
+    assert (limit in plain["limits"], common in plain["limits"]) == (False, True)
+    assert limit in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert limit in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+def test_search_for_the_baseline_favours_the_baseline() -> None:
+    (limit,) = (text for text in limits({}, "baseline") if text.startswith("The settings"))
+    assert "were searched for the baseline; the other variants use them" in limit
+    assert limit.endswith("which favours the baseline.")
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not JSON"),
@@ -37,6 +79,7 @@ def test_settings_alone_or_under_a_key(tmp_path: Path) -> None:
         ({"learning_rate": 1}, "unknown settings learning_rate"),
         ({"lr": -1}, "lr=-1"),
         ({"lr": "fast"}, "wrong type"),
+        ({"settings": {}, "variant": "best"}, "tuned_for=best: expected one of baseline, al, re, real"),
     ],
 )
 def test_unusable_files_are_named(tmp_path: Path, content: Any, message: str) -> None:
@@ -50,7 +93,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path / "c.json", {"lr": 2.0, "dropout": 0.1, "gamma": 0.7, "tied_bias": True})
+    file = write(tmp_path / "c.json", {"lr": 2.0, "dropout": 0.1, "gamma": 0.7, "tied_bias": True, "tuned_for": "re"})
     seen: list[Any] = []
 
     class Stop(Exception):
@@ -65,3 +108,4 @@ def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(Stop):
         command.run(parser().parse_args(argv))
     assert (seen[0].lr, seen[0].dropout, seen[0].gamma, seen[0].tied_bias) == (1.5, 0.3, 0.7, False)
+    assert seen[0].tuned_for == "re"

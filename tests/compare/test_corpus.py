@@ -29,7 +29,28 @@ def test_directory_is_split_on_white_space_only(tmp_path: Path) -> None:
     assert loaded.words == ["<unk>", "<eos>", "A-b", "c.", "d"]
     assert loaded.train.tolist() == [2, 0, 3, 1, 2, 4, 1]
     assert loaded.test.tolist() == [0, 2, 1]
-    assert loaded.oov == {"train": 0.0, "valid": 0.0, "test": pytest.approx(1 / 3)}
+    assert loaded.oov == {"train": pytest.approx(1 / 7), "valid": 0.0, "test": pytest.approx(1 / 3)}
+
+
+def test_unknown_words_of_the_text_itself_count_as_unknown(tmp_path: Path) -> None:
+    for split, text in (("train", "a <unk> b a\n"), ("valid", "<unk> a <unk> new\n"), ("test", "b <unk> a\n")):
+        (tmp_path / f"toy.{split}.txt").write_text(text, encoding="utf-8")
+    loaded = corpus.load(str(tmp_path))
+    assert loaded.oov == {"train": pytest.approx(1 / 5), "valid": pytest.approx(3 / 5), "test": pytest.approx(1 / 4)}
+    assert loaded.unknown == (("new", 1),)  # `<unk>` says nothing of the word it stands for
+    single = tmp_path / "text.txt"
+    single.write_text("<unk> a\n" * 200, encoding="utf-8")
+    assert corpus.load(str(single)).oov["train"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_the_report_says_how_the_text_was_split(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"toy.{split}.txt").write_text("A b.\n", encoding="utf-8")
+    single = tmp_path / "text.txt"
+    single.write_text("A b.\n" * 200, encoding="utf-8")
+    kinds = {path: corpus.load(str(path)).facts()["vocabulary_facts"]["kind"] for path in (tmp_path, single)}
+    assert kinds[tmp_path] == "words of the training text, taken as already tokenised: split at white space only"
+    assert kinds[single] == "words of the training text, lower-cased and split at punctuation"
 
 
 def test_a_word_must_be_seen_twice_unless_the_text_has_its_vocabulary(tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ def test_both_sources_of_chance_add() -> None:
     assert st.over_both(seeds._replace(error=0.0), text).error == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("df", [1, 2, 9])
+def test_a_text_that_adds_no_chance_leaves_the_degrees_of_freedom_of_the_seeds(df: int) -> None:
+    text = st.Interval(0.1, 0.1, 0.1, 0.5, 0.0, None)
+    for error in (1e-200, *(k / 997 for k in range(1, 997))):
+        both = st.over_both(st.Interval(0.1, 0, 0, 0.5, error, df), text)
+        assert (both.df, both.error) == (df, error)
+    nearly = st.over_both(st.Interval(0.1, 0, 0, 0.5, 1e-200, df), text._replace(error=0.04))
+    assert (nearly.df, nearly.error) == (st.MAX_DF, 0.04)
+
+
 def test_holm() -> None:
     assert st.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert st.holm({"a": 0.4, "b": 0.9}) == pytest.approx({"a": 0.8, "b": 0.9})

@@ -15,7 +15,10 @@ from typing import Any
 from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, load_config, parse_variants
 
 BAD_INPUT, INTERRUPTED = 2, 130
-DATA = "directory with *.train.txt, *.valid.txt, *.test.txt; or one text file"
+DATA = (
+    "directory with *.train.txt, *.valid.txt, *.test.txt, taken as already tokenised (split at white space only); or "
+    "one text file, which is lower-cased and split at punctuation"
+)
 
 
 def add_option(
@@ -96,6 +99,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--vocab-size", "largest vocabulary", int, "N")
     option("--min-count", "rarer words become <unk>", int, "N", "2, or 1 where the text has <unk> in it")
     option("--max-tokens", "use only so many training tokens, and a tenth of it for each other split", int, "N", "all")
+    option("--tuned-for", "the variant that the settings were searched for, which the report then says", metavar="NAME",
+           shown="what --config says")  # fmt: skip
     option("--checkpoint-every", "seconds between checkpoints", float, "S")
     parser.add_argument(
         "--no-tied-bias",

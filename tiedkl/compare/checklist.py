@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
+from .command import compare_command, tune_command, tuned_compare_command
+from .evidence import surest
 from .memory import EAGER_MATRICES
-from .verdict import MARGIN
+from .settings import Settings
+from .verdict import MARGIN, YES, best
 
 MIB = 1 << 20
 PRODUCTION_TOKENS = 8192  # of one step, for the memory to expect
@@ -14,52 +16,47 @@ BUDGET_MIB = 64  # scratch of the loss layer unless `workspace_bytes` says other
 SEEDS = 3
 
 
-def checklist(report: dict[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Three stages, each with `stage`, and texts or lists: `seen`, `commands`, `go_on_if`, `monitor`, `memory`."""
+def checklist(report: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    """Three stages, each with `stage`, and texts or lists: `seen`, `commands`, `go_on_if`, `monitor`, `memory`.
+
+    settings: of this run, for commands that repeat or enlarge it.
+    """
     variants = report["variants"]
-    name = _candidate(variants)
+    name = best(variants)
     if name is None:
         return []
-    v, config = variants[name], report["config"]
-    data = f" --data {shlex.quote(request['data'])}" if request.get("data") else ""
-    if request.get("tokenizer"):
-        data += f" --tokenizer {shlex.quote(request['tokenizer'])}"
-    arms = f"--variants baseline,{name}"
-    width = 650 if config["hidden"] < 650 else 2 * config["hidden"]
+    v = variants[name]
     return [
-        _small(report, v, data, request),
-        _real(v, data, name, arms, width, config),
-        _production(report, v, config),
+        _small(report, v, settings),
+        _real(report, v, settings, name),
+        _production(report, v),
     ]
 
 
-def _candidate(variants: dict[str, Any]) -> str | None:
-    """The variant to go on with: the best of those compared with the baseline."""
-    compared = {n: v["evidence"]["percent"] for n, v in variants.items() if v["evidence"]}
-    return min(compared, key=lambda n: compared[n]) if compared else None
-
-
-def _small(report: dict[str, Any], v: dict[str, Any], data: str, request: dict[str, Any]) -> dict[str, Any]:
+def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings) -> dict[str, Any]:
     evidence = v["evidence"]
-    sure = evidence["over_both"] or evidence["over_text"]
+    low, high = surest(evidence)["percent"]
     n = len(evidence["seeds"])
     seen = [
         f"{v['label']} changed test perplexity by {evidence['percent']:+.1f}% "
-        f"(95% interval {sure['percent'][0]:+.1f} to {sure['percent'][1]:+.1f}%, {n} seed{'' if n == 1 else 's'}).",
+        f"(95% interval {low:+.1f} to {high:+.1f}%, {n} seed{'' if n == 1 else 's'}).",
         f"Parameters {v['change']['parameters']:+.0f}%; training speed {_speed(report, v)}.",
         f"Vocabulary {report['corpus']['vocabulary']:,}; {100 * report['corpus']['oov_rate']['test']:.1f}% of the test "
         "tokens are unknown to it.",
     ]
-    out = shlex.quote(request.get("out") or "tiedkl-compare")
-    commands = [] if n >= SEEDS else [f"tiedkl compare{data} --out {out} --seeds {SEEDS}"]
+    planned = max(SEEDS, len(report["config"]["seeds"]))
+    commands = [] if n >= SEEDS else [compare_command(settings, seeds=planned)]
     return {
         "stage": "Small A/B test (this report)",
         "seen": seen,
         "commands": commands,
-        "note": "The same command, with the options of this run, trains only what is missing." if commands else "",
-        "go_on_if": f"The interval of the change over seeds and text lies below -{MARGIN:.0f}%, and the change "
-        "is worth the training time it costs.",
-        "monitor": ["Unknown words: above some 5% of the test tokens, enlarge --vocab-size or use --tokenizer."],
+        "note": "It trains only what is missing." if commands else "",
+        "go_on_if": f"The answer is Yes, that is, {YES} (here: {report['outcome']}); and the change is worth the "
+        "training time it costs.",
+        "monitor": [
+            "Unknown words: above some 5% of the test tokens, enlarge --vocab-size or use --tokenizer, unless the text "
+            "itself has <unk> in their place."
+        ],
         "memory": f"{v['training_memory']['total_bytes'] / MIB:,.0f} MiB in training without activations "
         f"(plain PyTorch: {v['training_memory']['eager_bytes'] / MIB:,.0f} MiB).",
     }
@@ -70,22 +67,27 @@ def _speed(report: dict[str, Any], v: dict[str, Any]) -> str:
     return f"{100 * (v['tokens_per_second'] / base - 1):+.0f}%" if base else "unknown"
 
 
-def _real(v: dict[str, Any], data: str, name: str, arms: str, width: int, config: dict[str, Any]) -> dict[str, Any]:
+def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: str) -> dict[str, Any]:
+    config = report["config"]
     per_parameter = v["training_memory"]["total_bytes"] / max(1, v["parameters"])
+    width = 650 if config["hidden"] < 650 else 2 * config["hidden"]
+    larger = {"variants": ("baseline", name), "hidden": width, "seeds": SEEDS, "out": f"tiedkl-compare-{width}"}
+    change = v["evidence"]["percent"]
+    gain = (
+        f"the answer is Yes at this width too, the gain is at least half of the {-change:.1f}% seen here"
+        if change < 0
+        else f"the answer is Yes at this width, though {v['label']} was {change:.1f}% worse here"
+    )
+    small = [flag for flag, value in (("--budget", settings.budget), ("--max-tokens", settings.max_tokens)) if value]
     return {
         "stage": "Your real data, a larger model",
         "seen": [
             f"Tested so far: {config['layers']} layers of {config['hidden']} units. In the paper the gain of +REAL on "
             "Penn Treebank was 5.3% at 200 units, 5.8% at 650 and 5.6% at 1500.",
         ],
-        "commands": [
-            f"tiedkl tune{data} --variant {name}",
-            f"tiedkl compare{data} {arms} --config tiedkl-tune/best.json --hidden {width} --seeds {SEEDS} "
-            f"--out tiedkl-compare-{width}",
-        ],
-        "note": "",
-        "go_on_if": f"With {SEEDS} seeds the answer is Yes at this width too, the gain is at least half of the "
-        f"{v['evidence']['percent']:+.1f}% seen here, and training is not slower than you can pay.",
+        "commands": [tune_command(settings, name), tuned_compare_command(settings, **larger)],
+        "note": f"{' and '.join(small)} as in this run: give more for the real test." if small else "",
+        "go_on_if": f"With {SEEDS} seeds {gain}, and training is not slower than you can pay.",
         "monitor": [
             "Validation perplexity of both arms after every epoch; stop an arm that diverges.",
             f"KL on the training text: here it went {_kl(v)}." if v["augmented"] else
@@ -101,8 +103,8 @@ def _kl(v: dict[str, Any]) -> str:
     return f"from {values[0]:.3g} to {values[-1]:.3g} nats a token" if values else "unrecorded"
 
 
-def _production(report: dict[str, Any], v: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    n_vocab = report["corpus"]["vocabulary"]
+def _production(report: dict[str, Any], v: dict[str, Any]) -> dict[str, Any]:
+    config, n_vocab = report["config"], report["corpus"]["vocabulary"]
     eager = EAGER_MATRICES[v["augmented"]] * PRODUCTION_TOKENS * n_vocab * 4 / MIB
     alpha = f"temperature={config['temperature']:g}, gamma={config['gamma']:g}" if v["augmented"] else "alpha=0.0"
     cost = report["cost"].get(_name(report, v), {})

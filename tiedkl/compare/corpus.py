@@ -27,6 +27,8 @@ N_BLOCKS = 100  # a single text is cut into so many blocks; of each ten, eight t
 WORDS = re.compile(rf"{UNK}|\.{{3}}|\w+(?:['’]\w+)*|[^\w\s]")
 N_UNKNOWN = 20  # unknown words that the report lists
 RULES = re.compile(r"([^\w\s])\1{3,}")  # underlines and table borders
+LOWERED = "lower-cased and split at punctuation"
+TOKENISED = "taken as already tokenised: split at white space only"
 BLANK_LINE = re.compile(r"\n\s*\n")
 BLOCK_SPLIT = (
     f"{N_BLOCKS} equal blocks of consecutive tokens; "
@@ -44,7 +46,7 @@ class Corpus:
     train: Tensor
     valid: Tensor
     test: Tensor
-    oov: dict[str, float]  # share of a split's tokens that are not in the vocabulary, 0..1
+    oov: dict[str, float]  # share of a split's tokens that are not in the vocabulary, or `<unk>` in the text, 0..1
     eos: int = 1  # id of the end of a unit
     unknown: tuple[tuple[str, int], ...] = ()  # the most frequent unknown words of validation and test
     known: dict[str, Any] | None = None  # what else the report says about the vocabulary
@@ -106,11 +108,11 @@ def load(
     words = build_vocabulary(texts["train"], vocab_size, min_count)
     index = {word: i for i, word in enumerate(words)}
     train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)
-    oov = {k: sum(w not in index for w in v) / len(v) for k, v in texts.items()}
+    oov = {k: sum(w == UNK or w not in index for w in v) / len(v) for k, v in texts.items()}
     unknown = Counter(w for k in ("valid", "test") for w in texts[k] if w not in index).most_common(N_UNKNOWN)
     distinct = len(set(texts["train"]) | {UNK, EOS})
-    known = {"kind": "words of the training text", "distinct_training_words": distinct,
-             "coverage": {k: 1.0 - v for k, v in oov.items()}}  # fmt: skip
+    kind = f"words of the training text, {LOWERED if isinstance(units, list) else TOKENISED}"
+    known = {"kind": kind, "distinct_training_words": distinct, "coverage": {k: 1.0 - v for k, v in oov.items()}}
     return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known)
 
 

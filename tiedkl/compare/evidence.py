@@ -82,6 +82,12 @@ def against(baseline: list[Run], variant: list[Run], *, block: int | None = None
     }
 
 
+def surest(evidence: dict[str, Any]) -> dict[str, Any]:
+    """The interval of `against` that covers most: seeds and text where there are seeds, else the text alone."""
+    found: dict[str, Any] = evidence["over_both"] or evidence["over_text"]
+    return found
+
+
 def _entry(interval: Interval) -> dict[str, Any]:
     return {
         "nats": [interval.low, interval.high],

@@ -34,7 +34,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["## Roll-out checklist", ""]
     for k, stage in enumerate(report["checklist"], 1):
         lines += _stage(k, stage)
-    lines += ["## What this test cannot tell", "", *(f"- {limit}" for limit in report["limits"]), ""]
+    lines += ["## What this test cannot tell", "", *(f"- {_text(limit)}" for limit in report["limits"]), ""]
     lines += [f"Made {report['created']}; the same figures, and more, are in report.json.", ""]
     return "\n".join(lines)
 
@@ -53,7 +53,7 @@ def _stage(k: int, stage: dict[str, Any]) -> list[str]:
     if stage["note"]:
         lines.append(f"- {stage['note']}")
     lines.append(f"- [ ] Go on if: {stage['go_on_if']}")
-    lines += [f"- [ ] Monitor: {m}" for m in stage["monitor"]]
+    lines += [f"- [ ] Monitor: {_text(m)}" for m in stage["monitor"]]
     return [*lines, f"- Memory: {stage['memory']}", ""]
 
 

@@ -2,8 +2,9 @@
 
 The dictionary, `SCHEMA` 2:
 
-    schema, created, status (complete | partial), verdict (sentences), outcome (yes | no | draw | one seed | nothing),
-    limits, config (`Settings.resolved`, with the list of `seeds`), corpus (`Corpus.facts`), environment
+    schema, created, status (complete | partial), verdict (sentences),
+    outcome (yes | no | draw | one seed | undecided | nothing; see verdict.py), limits,
+    config (`Settings.resolved`, with the list of `seeds`), corpus (`Corpus.facts`), environment
     plan        what `--budget` decided (budget.py), or null
     variants    name -> label, summary, tied, augmented, status (done | partial | not started), seeds_done, and once it
                 has begun: parameters; valid_ppl and test_ppl, the exponential of the mean cross-entropy over seeds;
@@ -27,8 +28,8 @@ from typing import Any
 
 from ..environment import finite
 from .checklist import checklist
-from .evidence import Run, adjust, against, mean_ce, mean_curves, perplexity_interval
-from .settings import VARIANTS
+from .evidence import Run, adjust, against, mean_ce, mean_curves, perplexity_interval, surest
+from .settings import VARIANTS, Settings
 from .verdict import limits, verdict
 
 SCHEMA = 2
@@ -46,13 +47,14 @@ def build(
     inference: dict[str, Any] | None = None,
     plan: dict[str, Any] | None = None,
     price_per_hour: float | None = None,
-    request: dict[str, Any] | None = None,
+    request: Settings | None = None,
 ) -> dict[str, Any]:
     """The report of `runs`, variant name -> its runs so far, in the order of the report.
 
-    memory: name -> `loss_memory` and `training_memory`. request: `data`, `tokenizer` and `out` as the user gave them,
-    for the commands of the checklist.
+    memory: name -> `loss_memory` and `training_memory`. request: the settings as the user gave them, for the commands
+    of the checklist; default `Settings()`.
     """
+    request = request or Settings()
     n_seeds = len(config["seeds"])
     variants = {name: _variant(name, part, n_seeds, memory[name]) for name, part in runs.items()}
     base = runs.get("baseline", [])
@@ -72,7 +74,7 @@ def build(
         "status": "complete" if all(v["status"] == "done" for v in variants.values()) else "partial",
         "verdict": sentences,
         "outcome": outcome,
-        "limits": limits(n_seeds),
+        "limits": limits(variants, request.tuned_for),
         "config": config,
         "corpus": corpus,
         "environment": environment,
@@ -81,7 +83,7 @@ def build(
         "inference": inference or {},
         "cost": {n: _cost(v, price_per_hour) for n, v in variants.items() if v.get("tokens_per_second")},
     }
-    report["checklist"] = checklist(report, request or {})
+    report["checklist"] = checklist(report, request)
     return report
 
 
@@ -157,7 +159,7 @@ def quality(report: dict[str, Any]) -> Table:
         if v["status"] == "not started":
             rows.append((_label(v), *["-"] * (len(columns) - 1)))
             continue
-        sure = _surest(v)
+        sure = v["evidence"] and surest(v["evidence"])
         rows.append(
             (
                 _label(v),
@@ -225,12 +227,6 @@ def speed(report: dict[str, Any]) -> Table:
             )
         )
     return columns, rows
-
-
-def _surest(v: dict[str, Any]) -> Any:
-    """The interval that covers most: seeds and text where there are seeds, else the text alone."""
-    evidence = v["evidence"]
-    return evidence and (evidence["over_both"] or evidence["over_text"])
 
 
 def _label(v: dict[str, Any]) -> str:

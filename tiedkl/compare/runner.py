@@ -114,7 +114,7 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
     n_steps = trainers[0].steps_per_epoch * config["epochs"]
     del trainers
     resumed = store.open(identity | ({PLAN: plan} if plan else {}), fresh=settings.fresh)
-    n_seeds = plan["seeds"] if plan else settings.seeds or DEFAULT_SEEDS
+    n_seeds = settings.seeds or (plan["seeds"] if plan else DEFAULT_SEEDS)  # seeds can be added to a plan too
     grid = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
 
     def trainer_of(seed: int, variant: Variant) -> Trainer:
@@ -145,7 +145,7 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
             inference=use,
             plan=plan and plan | {"budget": settings.budget, "text": describe(plan, str(settings.budget))},
             price_per_hour=settings.price_per_hour,
-            request={"data": settings.data, "tokenizer": settings.tokenizer, "out": settings.out},
+            request=settings,
         )
         store.write("report.json", to_json(built))
         store.write("report.html", render(built))

@@ -12,7 +12,8 @@ from typing import Any
 MODELS = ("lstm", "transformer")
 SMALL = 300_000  # training tokens below which a text gets a smaller batch and more epochs
 NOT_RESOLVED = (
-    "data", "out", "variants", "seeds", "price_per_hour", "tokenizer", "checkpoint_every", "quiet", "fresh",
+    "data", "out", "variants", "seeds", "price_per_hour", "tokenizer", "tuned_for", "checkpoint_every", "quiet",
+    "fresh",
 )  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600}
 LOSS_OPTIONS = ("temperature", "gamma")
@@ -95,6 +96,7 @@ class Settings:
     vocab_size: int = 10_000
     min_count: int | None = None  # 2, or 1 where the text has <unk> in it
     max_tokens: int | None = None  # of the training split
+    tuned_for: str | None = None  # the variant that the settings were searched for; the report says whom that favours
     checkpoint_every: float = 30.0  # seconds
     quiet: bool = False
     fresh: bool = False
@@ -106,6 +108,8 @@ class Settings:
         if unknown or not self.variants:
             named = ", ".join(unknown) or "(none)"
             raise CompareError(f"unknown variant {named}: expected some of {','.join(VARIANTS)}")
+        if self.tuned_for is not None and self.tuned_for not in VARIANTS:
+            raise CompareError(f"tuned_for={self.tuned_for}: expected one of {', '.join(VARIANTS)}")
         if len(set(self.variants)) != len(self.variants):
             raise CompareError(f"a variant is named twice in {','.join(self.variants)}")
         for name in ("epochs", "hidden", "layers", "batch", "bptt", "threads", "seeds", "min_count", "max_tokens"):
@@ -170,8 +174,9 @@ def parse_duration(text: str) -> float:
 def load_config(path: str | Path) -> dict[str, Any]:
     """The settings in a configuration file, such as the `best.json` of `tiedkl tune`: keywords for `Settings`.
 
-    The file is a JSON object, either of settings or with one under "settings". Raises CompareError, with the reason,
-    when it cannot be read or holds a setting that `Settings` does not have.
+    The file is a JSON object, either of settings or with one under "settings"; beside that, "tuned_for" or, without it,
+    "variant" names the variant that the settings were searched for. Raises CompareError, with the reason, when it
+    cannot be read or holds a setting that `Settings` does not have.
     """
     try:
         content = json.loads(Path(path).expanduser().read_text("utf-8"))
@@ -182,6 +187,9 @@ def load_config(path: str | Path) -> dict[str, Any]:
     values = content.get("settings", content) if isinstance(content, dict) else None
     if not isinstance(values, dict):
         raise CompareError(f"{path}: expected a JSON object of settings")
+    tuned_for = content.get("tuned_for") or content.get("variant") if "settings" in content else None
+    if tuned_for is not None:
+        values = {"tuned_for": tuned_for, **values}
     unknown = sorted(values.keys() - {field.name for field in fields(Settings)})
     if unknown:
         raise CompareError(f"{path}: unknown settings {', '.join(unknown)}")

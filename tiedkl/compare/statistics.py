@@ -114,11 +114,12 @@ def over_both(seeds: Interval, text: Interval) -> Interval:
     The two variances add; the degrees of freedom are Satterthwaite's (1946), rounded down, with those of the text
     counted as infinite. Each variance holds the interaction of seed and text, so the sum is on the careful side.
     """
-    variance = seeds.error**2 + text.error**2
-    if not variance or not seeds.error:
-        return student(text.mean, math.sqrt(variance), MAX_DF)
-    df = variance**2 * (seeds.df or 1) / seeds.error**4
-    return student(text.mean, math.sqrt(variance), int(min(df, MAX_DF)))
+    error = math.hypot(seeds.error, text.error)
+    if not seeds.error:
+        return student(text.mean, error, MAX_DF)
+    ratio = text.error / seeds.error
+    growth = 1 + ratio * ratio  # of the variance; exactly 1 where the text adds nothing, so never fewer than the seeds
+    return student(text.mean, error, int(min((seeds.df or 1) * growth * growth, MAX_DF)))
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

@@ -4,21 +4,56 @@ from __future__ import annotations
 
 from typing import Any
 
+from .evidence import surest
+from .settings import VARIANTS
+
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
+YES = (
+    f"with two seeds or more the variant is better by {MARGIN:.0f}% of perplexity or more, the 95% interval over seeds "
+    f"and text leaves out 0, and Holm's p is below {LEVEL:g}"
+)
 
 
-def limits(n_seeds: int) -> list[str]:
-    """What a comparison cannot tell."""
-    first = (
-        "One training run a variant, with one random seed: differences of a few per cent can change with the seed."
-        if n_seeds == 1
-        else f"{n_seeds} random seeds a variant: the spread between seeds is itself only roughly known."
-    )
+def decide(evidence: dict[str, Any]) -> str:
+    """What a change against the baseline (evidence.py) shows: yes | no | draw | one seed | undecided.
+
+    yes: all of `YES`. no: the same for a variant that is worse. draw: the whole interval lies within `MARGIN` on either
+    side. one seed: one of these three, but of a single seed, which says nothing of others. undecided: all else.
+    """
+    change, sure = evidence["percent"], surest(evidence)
+    low, high = sure["percent"]
+    differs = abs(change) >= MARGIN and (high < 0 or low > 0) and sure["p_holm"] < LEVEL
+    equal = abs(change) < MARGIN and low > -MARGIN and high < MARGIN
+    if not differs and not equal:
+        return "undecided"
+    if len(evidence["seeds"]) == 1:
+        return "one seed"
+    return "draw" if equal else "yes" if change < 0 else "no"
+
+
+def best(variants: dict[str, Any]) -> str | None:
+    """The name of the best of the variants that were compared with the baseline: the verdict speaks of it."""
+    changes = {name: v["evidence"]["percent"] for name, v in variants.items() if v["evidence"]}
+    return min(changes, key=lambda name: changes[name]) if changes else None
+
+
+def limits(variants: dict[str, Any], tuned_for: str | None = None) -> list[str]:
+    """What a comparison cannot tell, with the seeds that are finished so far.
+
+    tuned_for: the variant that the settings were searched for, None where they were not searched.
+    """
+    n_seeds = min((len(v["seeds_done"]) for v in variants.values() if v["seeds_done"]), default=0)
+    if n_seeds == 0:
+        first = "No training run is finished yet."
+    elif n_seeds == 1:
+        first = "One training run a variant, with one random seed: another can change differences of a few per cent."
+    else:
+        first = f"{n_seeds} random seeds a variant: the spread between seeds is itself only roughly known."
     return [
         first,
         "A small model and a short training; larger models and longer training can change the order of the variants.",
-        "The settings are common to all variants, not tuned for each.",
+        _fairness(tuned_for),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
@@ -27,23 +62,34 @@ def limits(n_seeds: int) -> list[str]:
     ]
 
 
+def _fairness(tuned_for: str | None) -> str:
+    if tuned_for is None:
+        return "The settings are common to all variants, not tuned for each."
+    baseline = tuned_for == "baseline"
+    favoured = "the baseline" if baseline else VARIANTS[tuned_for].label
+    others, own = ("the other variants use", "their") if baseline else ("the baseline uses", "its")
+    return (
+        f"The settings (lr, dropout, ...) were searched for {favoured}; {others} them without a search of {own} own, "
+        f"which favours {favoured}."
+    )
+
+
 def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
     """(outcome, sentences for a reader who knows nothing of language models; the first is the answer).
 
-    Yes needs three things: the best variant is better by `MARGIN` or more, its interval for other seeds and texts
-    leaves out 0, and so does Holm's p-value, since the best of several was picked.
+    The outcome is "nothing" without a variant to compare, else what `decide` says of the best. n_seeds: planned.
     """
     done = {name: v for name, v in variants.items() if v["seeds_done"]}
     missing = [v["label"] for v in variants.values() if v["status"] != "done"]
-    compared = [v for v in done.values() if v["evidence"]]
-    outcome = "nothing"
+    outcome, name = "nothing", best(variants)
     sentences: list[str] = []
-    if compared:
-        outcome, sentences = _against_baseline(compared, variants["baseline"])
+    if name is not None:
+        outcome = decide(variants[name]["evidence"])
+        sentences = _against_baseline(variants, name, outcome)
     elif len(done) >= 2:
-        best = min(done.values(), key=lambda v: v["test_ppl"])
+        first = min(done.values(), key=lambda v: v["test_ppl"])
         sentences.append(
-            f"{best['label']} predicts unseen text best (test perplexity {best['test_ppl']:.1f}); "
+            f"{first['label']} predicts unseen text best (test perplexity {first['test_ppl']:.1f}); "
             "the baseline was not part of this test."
         )
     else:
@@ -54,59 +100,52 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
     return outcome, sentences
 
 
-def _against_baseline(compared: list[dict[str, Any]], base: dict[str, Any]) -> tuple[str, list[str]]:
-    best = min(compared, key=lambda v: v["evidence"]["percent"])
-    outcome, first = _answer(best)
-    sentences = [first]
+def _against_baseline(variants: dict[str, Any], name: str, outcome: str) -> list[str]:
+    v, base = variants[name], variants["baseline"]
+    sentences = [_answer(v, outcome)]
     if outcome == "one seed":
         sentences.append("Whether another random seed says the same is not known: --seeds 3 finds out.")
-    if best["tied"]:
+    if v["tied"]:
         sentences.append(
-            f"It has {-best['change']['parameters']:.0f}% fewer parameters "
-            f"({best['parameters']:,} instead of {base['parameters']:,})."
+            f"It has {-v['change']['parameters']:.0f}% fewer parameters "
+            f"({v['parameters']:,} instead of {base['parameters']:,})."
         )
-    rest = [f"{v['label']} {_signed(v['evidence']['percent'])}" for v in compared if v is not best]
+    others = [other for other in variants.values() if other["evidence"] and other is not v]
+    rest = [f"{other['label']} {_signed(other['evidence']['percent'])}" for other in others]
     if rest:
         sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
-    return outcome, sentences
+    return sentences
 
 
-def _answer(best: dict[str, Any]) -> tuple[str, str]:
-    evidence, label = best["evidence"], best["label"]
-    n_seeds, change = len(evidence["seeds"]), evidence["percent"]
-    sure = evidence["over_both"] or evidence["over_text"]
+def _answer(v: dict[str, Any], outcome: str) -> str:
+    """The first sentence: the outcome, the size of the change, and its proof in brackets."""
+    evidence, label, sure = v["evidence"], v["label"], surest(v["evidence"])
+    n_seeds, change, (low, high) = len(evidence["seeds"]), evidence["percent"], sure["percent"]
     new, old = evidence["test_ppl"]
-    p = "p < 0.001" if sure["p_holm"] < 0.001 else f"p = {sure['p_holm']:.3f}"
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "for another text of this kind"
-    low, high = sure["percent"]
+    p = "p < 0.001" if sure["p_holm"] < 0.001 else f"p = {sure['p_holm']:.3f}"
     figures = f"test perplexity {new:.1f} instead of {old:.1f}"
-    proof = f"95% interval {-high:.1f} to {-low:.1f}%, {seeds}, {p}; {figures}"
-    harm = f"95% interval {low:.1f} to {high:.1f}%, {seeds}, {p}; {figures}"
-    decided = sure["p_holm"] < LEVEL and (high < 0 or low > 0)
+    signed = f"{_signed(change)}, 95% interval {low:+.1f} to {high:+.1f}%, {seeds}"
+    small = f"is within {MARGIN:.0f}% of the baseline"
+    if outcome == "undecided":
+        source = f"{'one seed' if n_seeds == 1 else seeds} and this test text do not rule out"
+        if abs(change) < MARGIN:
+            first = f"the best variant, {label}, {small}, but {source} a larger difference"
+        else:
+            size = f"{abs(change):.1f}% {'better' if change < 0 else 'worse'}"
+            first = f"{label} predicts unseen text {size} than the baseline, but {source} chance"
+        return f"Undecided: {first} ({signed}, {p}; {figures})."
     if abs(change) < MARGIN:
-        return "draw", (
-            f"A draw: the best variant, {label}, is within {MARGIN:.0f}% of the baseline "
-            f"({change:+.1f}%, 95% interval {low:+.1f} to {high:+.1f}%, {seeds}; {figures})."
-        )
-    if not decided:
-        more = "one seed" if n_seeds == 1 else f"{n_seeds} seeds"
-        direction = "better" if change < 0 else "worse"
-        return "draw", (
-            f"A draw so far: {label} predicts unseen text {abs(change):.1f}% {direction} than the baseline, but {more} "
-            f"and this test text do not rule out chance ({proof if change < 0 else harm})."
-        )
-    if n_seeds == 1:
-        if change < 0:
-            return "one seed", (
-                f"One seed: {label} predicts the test text {-change:.1f}% better than the baseline ({proof})."
-            )
-        return "one seed", (
-            f"One seed: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({harm})."
-        )
+        start = "A draw" if outcome == "draw" else "One seed"
+        return f"{start}: the best variant, {label}, {small}, and so is the whole interval ({signed}; {figures})."
+    ends = (-high, -low) if change < 0 else (low, high)
+    proof = f"95% interval {ends[0]:.1f} to {ends[1]:.1f}%, {seeds}, {p}; {figures}"
+    start = "One seed" if outcome == "one seed" else "Yes" if change < 0 else "No"
     if change < 0:
-        return "yes", f"Yes: {label} predicts unseen text {-change:.1f}% better than the baseline ({proof})."
-    return "no", (f"No: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({harm}).")
+        text = "the test text" if outcome == "one seed" else "unseen text"
+        return f"{start}: {label} predicts {text} {-change:.1f}% better than the baseline ({proof})."
+    return f"{start}: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({proof})."
 
 
 def _signed(percent: float) -> str:

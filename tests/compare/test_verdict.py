@@ -1,0 +1,160 @@
+"""The answer of a comparison: every outcome, and what it must not claim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tiedkl.compare.page import render
+from tiedkl.compare.verdict import YES, decide
+
+from .made import built, run, three
+
+
+def evidence(change: float, low: float, high: float, p: float = 0.001, n_seeds: int = 3) -> dict[str, Any]:
+    """What `decide` reads; the interval is that over seeds and text, or over the text with one seed."""
+    sure = {"percent": [low, high], "p_holm": p}
+    unsure = {"percent": [-50.0, 50.0], "p_holm": 1.0}
+    both = {"over_text": unsure, "over_both": sure} if n_seeds > 1 else {"over_text": sure, "over_both": None}
+    return {"percent": change, "seeds": list(range(n_seeds)), **both}
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "p", "outcome"),
+    [
+        (-5.0, -6.0, -4.0, 0.001, "yes"),
+        (-1.2, -2.3, -0.1, 0.04, "yes"),  # the estimate reaches the margin, the interval need not
+        (-5.0, -6.0, -4.0, 0.06, "undecided"),
+        (-5.0, -11.0, 1.0, 0.001, "undecided"),
+        (5.0, 4.0, 6.0, 0.001, "no"),
+        (5.0, 4.0, 6.0, 0.06, "undecided"),
+        (5.0, -1.0, 11.0, 0.001, "undecided"),
+        (-0.5, -0.9, -0.1, 0.001, "draw"),
+        (0.2, -0.3, 0.7, 0.5, "draw"),
+        (-0.5, -30.0, 42.0, 0.9, "undecided"),
+        (-0.5, -1.1, 0.1, 0.2, "undecided"),
+        (0.5, -0.1, 1.1, 0.2, "undecided"),
+        (-0.9, -1.1, -0.7, 0.001, "undecided"),  # surely better, but by 1%?
+    ],
+)
+def test_decision(change: float, low: float, high: float, p: float, outcome: str) -> None:
+    assert decide(evidence(change, low, high, p)) == outcome
+    alone = "undecided" if outcome == "undecided" else "one seed"
+    assert decide(evidence(change, low, high, p, n_seeds=1)) == alone
+
+
+@pytest.mark.parametrize(
+    ("real", "spread", "outcome", "start"),
+    [
+        (90.0, 0.001, "yes", "Yes: +REAL predicts unseen text 10.0% better than the baseline (95% interval 9."),
+        (
+            105.0,
+            0.001,
+            "no",
+            "No: nothing beats the baseline on this text; +REAL is nearest, 5.0% worse (95% interval ",
+        ),
+        (
+            99.5,
+            0.001,
+            "draw",
+            "A draw: the best variant, +REAL, is within 1% of the baseline, and so is the whole interval (-0.5%, 95% "
+            "interval -0.",
+        ),
+        (
+            99.5,
+            0.15,
+            "undecided",
+            "Undecided: the best variant, +REAL, is within 1% of the baseline, but 3 seeds and this test text do not "
+            "rule out a larger difference (-0.5%, 95% interval -3",
+        ),
+        (
+            95.0,
+            0.05,
+            "undecided",
+            "Undecided: +REAL predicts unseen text 5.0% better than the baseline, but 3 seeds and this test text do "
+            "not rule out chance (-5.0%, 95% interval -1",
+        ),
+        (105.0, 0.1, "undecided", "Undecided: +REAL predicts unseen text 5.0% worse than the baseline, but 3 seeds"),
+    ],
+)
+def test_verdict_of_three_seeds(real: float, spread: float, outcome: str, start: str) -> None:
+    worse = three(150.0)
+    data = built(3, baseline=three(100.0), al=worse, real=three(real, spread=spread, parameters=600))
+    assert data["verdict"][0].startswith(start)
+    assert data["outcome"] == outcome
+    text = " ".join(data["verdict"])
+    assert f"test perplexity {real:.1f} instead of 100.0" in text
+    assert "3 seeds" in text
+    assert "40% fewer parameters (600 instead of 1,000)" in text
+    assert "+AL +50.0%" in text
+    assert ('class="card verdict good"' in render(data)) == (outcome == "yes")
+
+
+@pytest.mark.parametrize(
+    ("real", "noise", "outcome", "start"),
+    [
+        (90.0, 0.02, "one seed", "One seed: +REAL predicts the test text 10.0% better than the baseline (95%"),
+        (110.0, 0.02, "one seed", "One seed: nothing beats the baseline"),
+        (99.9, 0.02, "one seed", "One seed: the best variant, +REAL, is within 1% of the baseline, and so is"),
+        (97.0, 2.0, "undecided", "Undecided: +REAL predicts unseen text 3.0% better than the baseline, but one seed"),
+        (99.9, 2.0, "undecided", "Undecided: the best variant, +REAL, is within 1% of the baseline, but one seed and"),
+    ],
+)
+def test_verdict_of_one_seed_is_neither_yes_nor_no_nor_a_draw(
+    real: float, noise: float, outcome: str, start: str
+) -> None:
+    data = built(baseline=run(110.0, 100.0), real=run(95.0, real, parameters=600, noise=noise))
+    assert data["verdict"][0].startswith(start)
+    assert data["outcome"] == outcome
+    assert "for another text of this kind" in data["verdict"][0]
+    assert ("--seeds 3" in data["verdict"][1]) == (outcome == "one seed")
+    assert "one random seed" in data["limits"][0]
+
+
+def test_a_gain_that_only_one_comparison_would_pass_is_undecided() -> None:
+    """p-values are Holm's: the same change that decides alone does not decide as the best of three."""
+    real = run(95.0, 98.6, parameters=600, noise=0.12)
+    alone = built(baseline=run(110.0, 100.0, noise=0.1), real=real)
+    p = alone["variants"]["real"]["evidence"]["over_text"]["p"]
+    assert 0.05 / 3 < p < 0.05
+    assert alone["outcome"] == "one seed"
+    among = built(baseline=run(110.0, 100.0, noise=0.1), al=run(110.0, 100.0), re=run(110.0, 100.2), real=real)
+    assert among["variants"]["real"]["evidence"]["over_text"]["p_holm"] == pytest.approx(3 * p)
+    assert among["outcome"] == "undecided"
+
+
+def test_verdict_without_enough_results() -> None:
+    alone = built(al=run(9.0, 9.0), re=run(8.0, 8.0))
+    assert "baseline was not part" in alone["verdict"][0]
+    nothing = built(baseline=run(9.0, None, status="partial"), re=None)
+    assert "nothing to compare" in nothing["verdict"][0]
+    assert "baseline and +RE are not finished" in nothing["verdict"][1]
+    assert nothing["checklist"] == []
+    assert alone["outcome"] == nothing["outcome"] == "nothing"
+    assert nothing["limits"][0] == "No training run is finished yet."
+
+
+def test_limits_speak_of_the_seeds_that_are_finished() -> None:
+    """Three are planned; the fewest that a variant has finished count."""
+    one = built(3, baseline=three(100.0)[:2], real=[*three(90.0)[:1], run(90.0, None, seed=2, status="partial")])
+    assert one["limits"][0].startswith("One training run a variant, with one random seed")
+    assert "1 seed" not in one["limits"][0]
+    two = built(3, baseline=three(100.0), al=None, real=three(90.0)[:2])
+    assert two["limits"][0].startswith("2 random seeds a variant")
+    assert "3 random seeds planned" in render(two)
+    whole = built(3, baseline=three(100.0), real=three(90.0))
+    assert whole["limits"][0].startswith("3 random seeds a variant")
+    assert "3 random seeds." in render(whole)
+
+
+@pytest.mark.parametrize(("spread", "outcome"), [(0.001, "yes"), (0.008, "yes"), (0.05, "undecided")])
+def test_the_checklist_asks_for_what_the_verdict_asks_for(spread: float, outcome: str) -> None:
+    """0.008: an interval that crosses -1% is Yes in both, since the estimate decides."""
+    data = built(3, baseline=three(100.0), real=three(98.0, spread=spread, parameters=600))
+    low, high = data["variants"]["real"]["evidence"]["over_both"]["percent"]
+    assert (spread == 0.008) == (low < -1 < high < 0)
+    assert data["outcome"] == outcome
+    condition = data["checklist"][0]["go_on_if"]
+    assert YES in condition
+    assert f"here: {outcome}" in condition

@@ -34,7 +34,7 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
     leaves out 0, and so does Holm's p-value, since the best of several was picked.
     """
     done = {name: v for name, v in variants.items() if v["seeds_done"]}
-    missing = [v["label"] for v in variants.values() if v["status"] != "done"]
+    missing = [v["label"] for v in variants.values() if v["status"] not in ("done", "diverged")]
     compared = [v for v in done.values() if v["evidence"]]
     outcome = "nothing"
     sentences: list[str] = []
@@ -42,16 +42,33 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
         outcome, sentences = _against_baseline(compared, variants["baseline"])
     elif len(done) >= 2:
         best = min(done.values(), key=lambda v: v["test_ppl"])
+        baseline = "has not been trained to the end" if "baseline" in variants else "was not part of this test"
         sentences.append(
             f"{best['label']} predicts unseen text best (test perplexity {best['test_ppl']:.1f}); "
-            "the baseline was not part of this test."
+            f"the baseline {baseline}."
         )
     else:
         sentences.append("There is nothing to compare yet: fewer than two variants have been trained to the end.")
     if missing:
         of = "" if n_seeds == 1 else f" with all {n_seeds} seeds"
         sentences.append(f"The test is incomplete: {_list(missing)} not finished{of}. The same command continues it.")
+    if lost := diverged(variants):
+        runs = ", ".join(f"{label} with seed {seed} in epoch {epoch}" for label, seed, epoch in lost)
+        sentences.append(
+            f"Training diverged (the loss was no number any more): {runs}. The figures leave that out. "
+            "A smaller --lr or --clip may help, with --fresh or another --out."
+        )
     return outcome, sentences
+
+
+def diverged(variants: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Label, seed and epoch of each run that diverged."""
+    return [
+        (v["label"], run["seed"], round(run["epochs_done"]))
+        for v in variants.values()
+        for run in v.get("runs", ())
+        if run["status"] == "diverged"
+    ]
 
 
 def _against_baseline(compared: list[dict[str, Any]], base: dict[str, Any]) -> tuple[str, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tiedkl.compare import CompareError, Interrupted, compare, runner
+from tiedkl.compare import settings as compare_settings
 from tiedkl.compare.budget import LEAST_TOKENS, Speed, fit
 from tiedkl.compare.settings import parse_duration
 
@@ -158,7 +159,9 @@ def test_seeds_are_added_to_a_plan(toy: Any, monkeypatch: pytest.MonkeyPatch) ->
     three = compare(toy(epochs=None, seeds=3))  # as the report says: without --budget
     assert [run["seed"] for run in three["variants"]["real"]["runs"]] == [1, 2, 3]
     assert three["config"] == first["config"] | {"seeds": [1, 2, 3]}
-    assert numbers(compare(toy(epochs=None))) == numbers(three)
+    again = compare(toy(epochs=None))
+    assert numbers(again) == numbers(three)
+    assert again["plan"]["text"] == three["plan"]["text"]
 
 
 def test_the_users_own_text_length_stays(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +173,19 @@ def test_the_users_own_text_length_stays(toy: Any, monkeypatch: pytest.MonkeyPat
     assert "1,200 training tokens" in report["plan"]["text"]
     whole = compare(toy(budget="30s", epochs=1, seeds=1, fresh=True))
     assert "all of the text" in whole["plan"]["text"]
+
+
+def test_little_of_a_long_text_is_trained_like_a_short_one(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (runner, compare_settings):
+        monkeypatch.setattr(module, "SMALL", 1400)  # the text has some more
+    fixed_speed(monkeypatch, 4.0, 1e-4)  # an epoch is 4 steps; 22 s * 0.7 buy 3
+    settings = toy(budget="30s", batch=None, epochs=None)
+    report = compare(settings)
+    assert report["plan"]["batch"] == report["config"]["batch"] == 10
+    assert report["corpus"]["tokens"]["train"] == report["config"]["max_tokens"] < 1400
+    assert numbers(compare(settings)) == numbers(report)
+    long = compare(toy(budget="500s", batch=None, epochs=None, fresh=True))
+    assert (long["config"]["batch"], long["config"]["max_tokens"]) == (20, None)
 
 
 def test_another_budget_is_another_comparison(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ FIXED = 8.0  # seconds for imports, reading, measuring inference, reports
 GOOD_SEEDS, MOST_SEEDS = 3, 5
 MEASURING = 0.05  # of the budget
 EVALUATED = 3  # windows
-# The shortest text that is preferred to fewer epochs and seeds. The test split is a tenth of it, 3,000 tokens, and the
-# vocabulary some 1,400 words; with less, the interval over the text is mostly wider than the gain that is looked for.
+# The shortest text that is preferred to fewer epochs and seeds. The less text, the more the method seems to help: +REAL
+# of 100 units changed test perplexity on Python's help texts by -13.7% with 10,000 training tokens and 4 epochs, by
+# -9.9% with 15,000, by -5.7% with 30,000, and by -4.7% with all 64,000 and the usual 7 epochs (one seed, batch 10).
 LEAST_TOKENS = 30_000
 
 

@@ -21,11 +21,12 @@ from .budget import measure as measure_speed
 from .lock import locked
 from .progress import Progress
 from .runs import Runs, memory_of
-from .settings import CompareError, Settings, ordered, parse_duration
+from .settings import SMALL, CompareError, Settings, ordered, parse_duration
 from .store import LOCK, PLAN, Store
 from .training import Data, Diverged, Trainer
 
 DEFAULT_SEEDS = 1
+PLANNED = ("batch", "epochs", "decay_after", "max_tokens")  # settings of a run that a plan decides
 NEEDED = ("tqdm", "matplotlib", "jinja2")
 
 
@@ -91,15 +92,14 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         if plan and kept:
             config["budget"] = kept["budget"]
         try:
-            data = Data.of(text, config["batch"], device)
-            trainers = [Trainer(v, config, data, device) for v in variants]
             if config["budget"] is not None:
-                plan = plan or _plan(settings, trainers, facts["tokens"], config, began)
-                config |= {k: plan[k] for k in ("epochs", "decay_after", "max_tokens") if plan[k] is not None}
+                plan = plan or _plan(settings, text, config, device, began)
+                config |= {k: plan[k] for k in PLANNED if plan.get(k) is not None}
                 if plan["max_tokens"] is not None:
                     text = _load(settings, plan["max_tokens"])
-                    facts, data = text.facts(), Data.of(text, config["batch"], device)
-                trainers = [Trainer(v, config, data, device) for v in variants]
+                    facts = text.facts()
+            data = Data.of(text, config["batch"], device)
+            trainers = [Trainer(v, config, data, device) for v in variants]
             for trainer in trainers:
                 memory_of(trainer)
         except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
@@ -109,11 +109,11 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         if kept is None:
             store.begin(identity | ({PLAN: plan} if plan else {}))
         n_seeds = max(plan["seeds"], settings.seeds or 0) if plan else settings.seeds or DEFAULT_SEEDS
-        if plan:
-            said = describe(plan, config, facts["tokens"]["train"], n_seeds)
-            plan = plan | {"budget": config["budget"], "text": said}
         wanted = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
         runs = Runs(store, config, data, device, wanted)
+        if plan:
+            said = describe(plan, config, facts["tokens"]["train"], len(runs.seeds))
+            plan = plan | {"budget": config["budget"], "text": said}
         progress = Progress(n_steps * len(runs), runs.steps_done, quiet=settings.quiet)
         try:
             if plan:
@@ -146,21 +146,30 @@ def _load(settings: Settings, max_tokens: int | None) -> corpora.Corpus:
 
 
 def _plan(
-    settings: Settings, trainers: list[Trainer], tokens: dict[str, int], config: dict[str, Any], began: float
+    settings: Settings, text: corpora.Corpus, config: dict[str, Any], device: torch.device, began: float
 ) -> dict[str, Any]:
-    """What fits into the budget, less the time since `began`."""
-    budget = parse_duration(str(settings.budget))
-    speed = measure_speed(trainers, budget)
-    seconds = SHARE * (budget - FIXED - (time.monotonic() - began))
-    return fit(
+    """What fits into the budget, less the time since `began`: the plan of `fit`, and the batch.
+
+    A long text of which little is left gets the batch and the number of epochs of a short one.
+    """
+    data, budget = Data.of(text, config["batch"], device), parse_duration(str(settings.budget))
+    speed = measure_speed([Trainer(v, config, data, device) for v in ordered(settings.variants)], budget)
+    tokens = text.facts()["tokens"]
+    plan = fit(
         speed,
         tokens,
-        seconds,
+        SHARE * (budget - FIXED - (time.monotonic() - began)),
         config,
         seeds=settings.seeds,
         epochs=settings.epochs,
         decay_after=settings.decay_after,
-    )
+    ) | {"batch": config["batch"]}
+    longest = SMALL - 1
+    short = settings.resolved(longest) | {"threads": config["threads"]}
+    if (plan["max_tokens"] or tokens["train"]) <= longest < tokens["train"] and short != config:
+        plan = _plan(settings, _load(settings, longest), short, device, began)
+        plan["max_tokens"] = plan["max_tokens"] or longest
+    return plan
 
 
 def check_length(tokens: dict[str, int], batch: int, bptt: int) -> None:

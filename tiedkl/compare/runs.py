@@ -51,6 +51,10 @@ class Runs:
         return len(self._grid)
 
     @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for seed, _ in self._grid})
+
+    @property
     def begun(self) -> bool:
         return bool(self._runs)
 
@@ -81,14 +85,13 @@ class Runs:
 
         facts: `Corpus.facts`. plan: what was planned for a budget, for the report.
         """
-        seeds = sorted({seed for seed, _ in self._grid})
         variants = ordered({v.name for _, v in self._grid})
-        grid = {v.name: [seed for seed in seeds if (seed, v) in self._grid] for v in variants}
+        grid = {v.name: [seed for seed in self.seeds if (seed, v) in self._grid] for v in variants}
         runs = {n: [self._runs[s, n] for s in part if (s, n) in self._runs] for n, part in grid.items()}
         trained = {v.name: self.trainer(s, v) for v in variants for s in grid[v.name][:1]}
         use = measure(trained) if all(self.ended(*run) for run in self._grid) else {}
         built = build(
-            self.config | {"seeds": seeds},
+            self.config | {"seeds": self.seeds},
             facts,
             stamp(self.device),
             runs,

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tiedkl.compare import CompareError, Interrupted, budget, compare, runner
-from tiedkl.compare.budget import Speed, fit
+from tiedkl.compare import CompareError, Interrupted, compare, runner
+from tiedkl.compare import settings as compare_settings
+from tiedkl.compare.budget import LEAST_TOKENS, Speed, fit
 from tiedkl.compare.settings import parse_duration
 
 from .test_resume import killed_after, numbers
@@ -40,7 +41,7 @@ def test_what_is_not_a_duration(text: str) -> None:
         (343, (7, 3)),
         (257, (6, 3)),  # three seeds of fewer epochs before one seed of more
         (150, (4, 3)),
-        (149, (7, 1)),
+        (125, (7, 1)),  # three seeds of 4 epochs on 30,000 tokens take 126 s
         (60, (4, 1)),
         (14, (1, 1)),
     ],
@@ -51,6 +52,34 @@ def test_what_a_time_buys(seconds: float, expected: tuple[int, int]) -> None:
     assert plan["max_tokens"] is None
     assert plan["estimated_seconds"] <= seconds
     assert plan["decay_after"] == max(1, round(4 * expected[0] / 7))
+
+
+@pytest.mark.parametrize("seconds", [149, 126])
+def test_less_text_before_fewer_seeds_and_epochs(seconds: float) -> None:
+    plan = fit(SPEED, TOKENS, seconds, CONFIG)
+    assert (plan["epochs"], plan["seeds"], plan["decay_after"]) == (4, 3, 2)
+    assert LEAST_TOKENS <= plan["max_tokens"] < TOKENS["train"]
+    assert seconds - 10 < plan["estimated_seconds"] <= seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (1e4, (6, 5, 930_000)),
+        (2500, (4, 3, 930_000)),
+        (700, (3, 3, 390_000)),
+        (54, (3, 3, 30_000)),  # the least that three seeds get
+        (53, (1, 1, 250_000)),
+    ],
+)
+def test_what_a_time_buys_of_a_long_text(seconds: float, expected: tuple[int, int, int]) -> None:
+    tokens = {"train": 930_000, "valid": 74_000, "test": 82_000}
+    config = {"batch": 20, "bptt": 35, "epochs": 6, "decay_after": 3}
+    plan = fit(Speed(0.12, 0.0002), tokens, seconds, config)  # an epoch takes 174 s, on 30,000 tokens 6 s
+    assert (plan["epochs"], plan["seeds"]) == expected[:2]
+    assert (plan["max_tokens"] or tokens["train"]) == pytest.approx(expected[2], rel=0.05)
+    fixed = fit(Speed(0.12, 0.0002), tokens, seconds, config | {"epochs": 4}, seeds=2, epochs=4)
+    assert (fixed["epochs"], fixed["seeds"]) == (4, 2)
 
 
 def test_less_than_an_epoch_takes_less_text() -> None:
@@ -71,6 +100,9 @@ def test_what_the_user_fixed_stays() -> None:
     assert (short["epochs"], short["seeds"]) == (7, 1)
     assert short["max_tokens"] < TOKENS["train"]
     assert fit(SPEED, TOKENS, 60, CONFIG, decay_after=3)["decay_after"] == 3
+    two = fit(SPEED, TOKENS, 90, CONFIG, seeds=2)
+    assert (two["epochs"], two["seeds"]) == (4, 2)
+    assert LEAST_TOKENS <= two["max_tokens"] < TOKENS["train"]
 
 
 def fixed_speed(monkeypatch: pytest.MonkeyPatch, step: float, token: float) -> None:
@@ -115,11 +147,54 @@ def test_shortened_text(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers(compare(settings)) == numbers(report)  # found again under the digest of the whole text
 
 
+def test_seeds_are_added_to_a_plan(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed_speed(monkeypatch, 2.0, 1e-4)
+    first = compare(toy(budget="30s", epochs=None))
+    assert first["plan"]["seeds"] == 1
+    assert first["plan"]["max_tokens"] < 1000
+    monkeypatch.setattr(runner, "_plan", None)  # it is not made again
+    two = compare(toy(budget="30s", epochs=None, seeds=2))
+    assert two["config"]["seeds"] == [1, 2]
+    assert two["plan"]["text"] == first["plan"]["text"] + "; 2 seeds in all by --seeds"
+    three = compare(toy(epochs=None, seeds=3))  # as the report says: without --budget
+    assert [run["seed"] for run in three["variants"]["real"]["runs"]] == [1, 2, 3]
+    assert three["config"] == first["config"] | {"seeds": [1, 2, 3]}
+    again = compare(toy(epochs=None))
+    assert numbers(again) == numbers(three)
+    assert again["plan"]["text"] == three["plan"]["text"]
+
+
+def test_the_users_own_text_length_stays(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed_speed(monkeypatch, 0.1, 1e-4)
+    settings = toy(budget="30s", epochs=1, seeds=1, max_tokens=1200)
+    report = compare(settings)
+    assert report["config"]["max_tokens"] == 1200
+    assert report["corpus"]["tokens"]["train"] == 1200
+    assert "1,200 training tokens" in report["plan"]["text"]
+    whole = compare(toy(budget="30s", epochs=1, seeds=1, fresh=True))
+    assert "all of the text" in whole["plan"]["text"]
+
+
+def test_little_of_a_long_text_is_trained_like_a_short_one(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (runner, compare_settings):
+        monkeypatch.setattr(module, "SMALL", 1400)  # the text has some more
+    fixed_speed(monkeypatch, 4.0, 1e-4)  # an epoch is 4 steps; 22 s * 0.7 buy 3
+    settings = toy(budget="30s", batch=None, epochs=None)
+    report = compare(settings)
+    assert report["plan"]["batch"] == report["config"]["batch"] == 10
+    assert report["corpus"]["tokens"]["train"] == report["config"]["max_tokens"] < 1400
+    assert numbers(compare(settings)) == numbers(report)
+    long = compare(toy(budget="500s", batch=None, epochs=None, fresh=True))
+    assert (long["config"]["batch"], long["config"]["max_tokens"]) == (20, None)
+
+
 def test_another_budget_is_another_comparison(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed_speed(monkeypatch, 0.1, 1e-4)
     compare(toy(budget="20s", seeds=1, epochs=1))
     with pytest.raises(CompareError, match="budget=20s, now 30s"):
         compare(toy(budget="30s", seeds=1, epochs=1))
+    with pytest.raises(CompareError, match=r"hidden=16, now 8"):
+        compare(toy(hidden=8, epochs=1))
 
 
 def test_measuring_leaves_the_runs_alone(toy: Any, tmp_path: Path) -> None:
@@ -135,4 +210,8 @@ def test_interrupted_report_names_the_plan(toy: Any, monkeypatch: pytest.MonkeyP
     fixed_speed(monkeypatch, 0.1, 1e-4)
     with pytest.raises(Interrupted) as stopped:
         compare(toy(budget="40s", epochs=1), should_stop=lambda: True)
-    assert budget.describe(stopped.value.report["plan"], "40s") == stopped.value.report["plan"]["text"]
+    plan = stopped.value.report["plan"]
+    assert plan["text"] == (
+        "planned for a budget of 40s: 5 seeds, 1 epoch, all of the text, "
+        f"about {plan['estimated_seconds']:.0f} s of training and evaluation"
+    )

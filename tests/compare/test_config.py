@@ -109,3 +109,7 @@ def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         command.run(parser().parse_args(argv))
     assert (seen[0].lr, seen[0].dropout, seen[0].gamma, seen[0].tied_bias) == (1.5, 0.3, 0.7, False)
     assert seen[0].tuned_for == "re"
+    file = write(tmp_path / "d.json", {"fresh": False, "quiet": False})
+    with pytest.raises(Stop):
+        command.run(parser().parse_args(["compare", "--config", file, "--fresh", "--quiet"]))
+    assert (seen[1].fresh, seen[1].quiet, seen[1].tied_bias) == (True, True, True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, load_config, parse_variants
 
-BAD_INPUT, INTERRUPTED = 2, 130
+DIVERGED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DATA = (
     "directory with *.train.txt, *.valid.txt, *.test.txt, taken as already tokenised (split at white space only); or "
     "one text file, which is lower-cased and split at punctuation"
@@ -38,7 +38,10 @@ def add_option(
 
 
 class Given(argparse.Action):
-    """Stores an option and remembers in `given` that the user gave it: it comes before the file of --config."""
+    """Stores an option and remembers in `given` that the user gave it: it comes before the file of --config.
+
+    With nargs=0 it is a flag that stores `const`.
+    """
 
     def __call__(
         self,
@@ -47,7 +50,7 @@ class Given(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
         namespace.given = {*getattr(namespace, "given", ()), self.dest}
 
 
@@ -102,23 +105,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--tuned-for", "the variant that the settings were searched for, which the report then says", metavar="NAME",
            shown="what --config says")  # fmt: skip
     option("--checkpoint-every", "seconds between checkpoints", float, "S")
-    parser.add_argument(
-        "--no-tied-bias",
-        dest="tied_bias",
-        action="store_false",
-        help="no output bias in +RE and +REAL, as in the paper",
-    )
+    flag = functools.partial(parser.add_argument, action=Given, nargs=0)
+    flag("--no-tied-bias", dest="tied_bias", const=False, default=True,
+         help="no output bias in +RE and +REAL, as in the paper")  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="JSON with settings, such as best.json of `tiedkl tune`; "
                         "options given here come first")  # fmt: skip
-    parser.add_argument("--fresh", action="store_true", help="discard an earlier run in --out and start again")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    flag("--fresh", const=True, default=False, help="discard an earlier run in --out and start again")
+    flag("--quiet", const=True, default=False, help="no progress, only the result")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the comparison: 0 when complete, 2 for bad input, 130 after Ctrl-C (the reports then show what was done)."""
+    """Run the comparison: 0 when complete, 1 when a training diverged, 2 for bad input, 130 after Ctrl-C.
+
+    All but 2 leave reports of what was done.
+    """
     from ..compare.report import table
     from ..compare.runner import Interrupted, compare, report_paths
+    from ..compare.verdict import diverged
 
     names = {field.name for field in dataclasses.fields(Settings)}
     status = 0
@@ -126,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         values = {name: value for name, value in vars(args).items() if name in names}
         values["variants"] = parse_variants(args.variants)
         if args.config is not None:
-            given = {*getattr(args, "given", ()), *(() if args.tied_bias else ("tied_bias",))}
+            given = getattr(args, "given", ())
             values |= {name: value for name, value in load_config(args.config).items() if name not in given}
         settings = Settings(**values | {"variants": tuple(values["variants"])})
         with ctrl_c() as pressed:
@@ -137,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
     except CompareError as error:
         print(f"tiedkl compare: {error}", file=sys.stderr)
         return BAD_INPUT
+    if not status and diverged(report["variants"]):
+        status = DIVERGED
     if report["plan"]:
         print(report["plan"]["text"], "", sep="\n")
     html, markdown, json = report_paths(settings.out)

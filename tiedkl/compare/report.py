@@ -6,8 +6,9 @@ The dictionary, `SCHEMA` 2:
     outcome (yes | no | draw | one seed | undecided | nothing; see verdict.py), limits,
     config (`Settings.resolved`, with the list of `seeds`), corpus (`Corpus.facts`), environment
     plan        what `--budget` decided (budget.py), or null
-    variants    name -> label, summary, tied, augmented, status (done | partial | not started), seeds_done, and once it
-                has begun: parameters; valid_ppl and test_ppl, the exponential of the mean cross-entropy over seeds;
+    variants    name -> label, summary, tied, augmented, status (done | partial | diverged | not started; diverged when
+                no run is left to train), seeds_done, and once it has begun: parameters; valid_ppl and test_ppl, the
+                exponential of the mean cross-entropy over seeds;
                 test_ppl_interval, 95% over seeds, or null; curves, averaged over seeds; runs, `Trainer.result` of each
                 seed; loss_memory and training_memory in bytes (memory.py); change, per cent against the baseline;
                 evidence, how sure that change is (evidence.py), or null
@@ -44,6 +45,7 @@ def build(
     runs: dict[str, list[Run]],
     *,
     memory: dict[str, dict[str, Any]],
+    wanted: dict[str, int] | None = None,
     inference: dict[str, Any] | None = None,
     plan: dict[str, Any] | None = None,
     price_per_hour: float | None = None,
@@ -51,12 +53,14 @@ def build(
 ) -> dict[str, Any]:
     """The report of `runs`, variant name -> its runs so far, in the order of the report.
 
-    memory: name -> `loss_memory` and `training_memory`. request: the settings as the user gave them, for the commands
-    of the checklist; default `Settings()`.
+    memory: name -> `loss_memory` and `training_memory`. wanted: name -> runs it is to have, default one for each of
+    config["seeds"]. request: the settings as the user gave them, for the commands of the checklist; default
+    `Settings()`.
     """
     request = request or Settings()
     n_seeds = len(config["seeds"])
-    variants = {name: _variant(name, part, n_seeds, memory[name]) for name, part in runs.items()}
+    wanted = wanted or dict.fromkeys(runs, n_seeds)
+    variants = {name: _variant(name, part, wanted[name], memory[name]) for name, part in runs.items()}
     base = runs.get("baseline", [])
     evidence = {n: against(base, part) for n, part in runs.items() if n != "baseline"}
     adjust(evidence)
@@ -87,15 +91,18 @@ def build(
     return report
 
 
-def _variant(name: str, runs: list[Run], n_seeds: int, memory: dict[str, Any]) -> dict[str, Any]:
+def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any]) -> dict[str, Any]:
     about = VARIANTS[name]
     done = [run for run in runs if run.done]
+    kept = [run for run in runs if run.result["status"] != "diverged"]
+    n_diverged = len(runs) - len(kept)
+    ended = "diverged" if n_diverged else "done"
     entry: dict[str, Any] = {
         "label": about.label,
         "summary": about.summary,
         "tied": about.tied,
         "augmented": about.augmented,
-        "status": "done" if len(done) == n_seeds else "partial" if runs else "not started",
+        "status": "not started" if not runs else ended if len(done) + n_diverged == wanted else "partial",
         "seeds_done": [run.seed for run in done],
     }
     if not runs:
@@ -113,7 +120,7 @@ def _variant(name: str, runs: list[Run], n_seeds: int, memory: dict[str, Any]) -
         "test_ppl_interval": perplexity_interval(runs),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "seconds": sum(run.result["seconds"] for run in runs),
-        "curves": mean_curves(runs),
+        "curves": mean_curves(kept or runs),
         "runs": [{"seed": run.seed, **run.result} for run in runs],
     }  # fmt: skip
 
@@ -230,8 +237,8 @@ def speed(report: dict[str, Any]) -> Table:
 
 
 def _label(v: dict[str, Any]) -> str:
-    if v["status"] == "not started":
-        return f"{v['label']} (not started)"
+    if v["status"] in ("not started", "diverged"):
+        return f"{v['label']} ({v['status']})"
     if v["status"] == "partial" and float(v["epochs_done"]) != v["epochs_planned"]:
         return f"{v['label']} (stopped in epoch {math.floor(v['epochs_done']) + 1} of {v['epochs_planned']})"
     return f"{v['label']} (unfinished)" if v["status"] == "partial" else str(v["label"])

@@ -15,22 +15,18 @@ from typing import Any
 
 import torch
 
-from ..environment import stamp
 from . import corpus as corpora
 from .budget import FIXED, SHARE, describe, fit
 from .budget import measure as measure_speed
-from .evidence import Run
-from .inference import measure
-from .markdown import markdown
-from .memory import loss_memory, training_memory
-from .page import render
+from .lock import locked
 from .progress import Progress
-from .report import build, to_json
-from .settings import CompareError, Settings, Variant, ordered, parse_duration
-from .store import PLAN, Store, checkpoint_name
-from .training import Data, Trainer
+from .runs import Runs, memory_of
+from .settings import SMALL, CompareError, Settings, ordered, parse_duration
+from .store import LOCK, PLAN, Store
+from .training import Data, Diverged, Trainer
 
 DEFAULT_SEEDS = 1
+PLANNED = ("batch", "epochs", "decay_after", "max_tokens")  # settings of a run that a plan decides
 NEEDED = ("tqdm", "matplotlib", "jinja2")
 
 
@@ -88,93 +84,55 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
     config = settings.resolved(facts["tokens"]["train"]) | {"threads": torch.get_num_threads()}
     check_length(facts["tokens"], config["batch"], config["bptt"])
     variants = ordered(settings.variants)
-    identity = config | {"corpus": facts["sha256"]}
     store = Store(settings.out)
-    plan = None if settings.budget is None or settings.fresh else store.planned(identity)
-    try:
-        data = Data.of(text, config["batch"], device)
-        trainers = [Trainer(v, config, data, device) for v in variants]
-        if settings.budget is not None:
-            plan = plan or _plan(settings, trainers, facts["tokens"], config, began)
-            config |= {name: plan[name] for name in ("epochs", "decay_after", "max_tokens")}
-            if plan["max_tokens"] is not None:
-                text = _load(settings, plan["max_tokens"])
-                facts, data = text.facts(), Data.of(text, config["batch"], device)
+    with locked(store.path, LOCK, "tiedkl compare"):
+        identity = config | {"corpus": facts["sha256"]}
+        kept = store.earlier(identity, fresh=settings.fresh)
+        plan = kept.get(PLAN) if kept else None
+        if plan and kept:
+            config["budget"] = kept["budget"]
+        try:
+            if config["budget"] is not None:
+                plan = plan or _plan(settings, text, config, device, began)
+                config |= {k: plan[k] for k in PLANNED if plan.get(k) is not None}
+                if plan["max_tokens"] is not None:
+                    text = _load(settings, plan["max_tokens"])
+                    facts = text.facts()
+            data = Data.of(text, config["batch"], device)
             trainers = [Trainer(v, config, data, device) for v in variants]
-        n_tokens = config["batch"] * config["bptt"]
-        memory = {}
-        for t in trainers:
-            layer = loss_memory(t.model, t.loss, n_tokens)
-            memory[t.variant.name] = {
-                "loss_memory": layer,
-                "training_memory": training_memory(t.model, t.optimizer, layer),
-            }
-    except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
-        raise CompareError(str(error).splitlines()[0]) from None
-    n_steps = trainers[0].steps_per_epoch * config["epochs"]
-    del trainers
-    resumed = store.open(identity | ({PLAN: plan} if plan else {}), fresh=settings.fresh)
-    n_seeds = settings.seeds or (plan["seeds"] if plan else DEFAULT_SEEDS)  # seeds can be added to a plan too
-    grid = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
-
-    def trainer_of(seed: int, variant: Variant) -> Trainer:
-        trainer = Trainer(variant, config | {"seed": seed}, data, device)
-        state = store.load(checkpoint_name(variant.name, seed, settings.seed), device)
-        if state is not None:
-            trainer.load_state_dict(state)
-        return trainer
-
-    runs: dict[tuple[int, str], Run] = {}
-
-    def note(seed: int, trainer: Trainer) -> int:
-        if trainer.steps_done:
-            runs[seed, trainer.variant.name] = Run(seed, trainer.result(), trainer.test_losses)
-        return trainer.steps_done
-
-    def report() -> dict[str, Any]:
-        by_variant = {v.name: [runs[s, v.name] for s, w in grid if w is v and (s, v.name) in runs] for v in variants}
-        complete = len(runs) == len(grid) and all(run.done for run in runs.values())
-        use = measure({v.name: trainer_of(settings.seed, v) for v in variants}) if complete else {}
-        seeds = sorted({seed for seed, _ in grid})
-        built = build(
-            config | {"seeds": seeds},
-            facts,
-            stamp(device),
-            by_variant,
-            memory=memory,
-            inference=use,
-            plan=plan and plan | {"budget": settings.budget, "text": describe(plan, str(settings.budget))},
-            price_per_hour=settings.price_per_hour,
-            request=settings,
-        )
-        store.write("report.json", to_json(built))
-        store.write("report.html", render(built))
-        store.write("report.md", markdown(built))
-        return built
-
-    done = 0
-    for seed, variant in grid:
-        if store.has(checkpoint_name(variant.name, seed, settings.seed)):
-            done += note(seed, trainer_of(seed, variant))
-    progress = Progress(n_steps * len(grid), done, quiet=settings.quiet)
-    try:
+            for trainer in trainers:
+                memory_of(trainer)
+        except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
+            raise CompareError(str(error).splitlines()[0]) from None
+        n_steps = trainers[0].steps_per_epoch * config["epochs"]
+        del trainers
+        if kept is None:
+            store.begin(identity | ({PLAN: plan} if plan else {}))
+        n_seeds = max(plan["seeds"], settings.seeds or 0) if plan else settings.seeds or DEFAULT_SEEDS
+        wanted = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
+        runs = Runs(store, config, data, device, wanted)
         if plan:
-            progress.say(describe(plan, str(settings.budget)))
-        if resumed and runs:
-            progress.say(f"continuing the comparison in {store.path}")
-        for seed, variant in grid:
-            if (seed, variant.name) in runs and runs[seed, variant.name].done:
-                continue
-            trainer = trainer_of(seed, variant)
-            label = variant.label if n_seeds == 1 else f"{variant.label} seed {seed}"
-            save = partial(store.save, checkpoint_name(variant.name, seed, settings.seed))
-            finished = _train(trainer, label, save, progress, settings.checkpoint_every, should_stop)
-            note(seed, trainer)
-            if not finished:
-                raise Interrupted(report())
-    finally:
-        progress.close()
-    return report()
+            said = describe(plan, config, facts["tokens"]["train"], len(runs.seeds))
+            plan = plan | {"budget": config["budget"], "text": said}
+        progress = Progress(n_steps * len(runs), runs.steps_done, quiet=settings.quiet)
+        try:
+            if plan:
+                progress.say(plan["text"])
+            if runs.begun:
+                progress.say(f"continuing the comparison in {store.path}")
+            for seed, variant in wanted:
+                if runs.ended(seed, variant):
+                    continue
+                trainer, name = runs.trainer(seed, variant), runs.name(seed, variant)
+                label = variant.label if n_seeds == 1 else f"{variant.label} seed {seed}"
+                save = partial(store.save, name)
+                finished = _train(trainer, label, save, progress, settings.checkpoint_every, should_stop)
+                runs.note(trainer)
+                if not finished:
+                    raise Interrupted(runs.report(settings, facts, plan))
+        finally:
+            progress.close()
+        return runs.report(settings, facts, plan)
 
 
 def _load(settings: Settings, max_tokens: int | None) -> corpora.Corpus:
@@ -188,21 +146,30 @@ def _load(settings: Settings, max_tokens: int | None) -> corpora.Corpus:
 
 
 def _plan(
-    settings: Settings, trainers: list[Trainer], tokens: dict[str, int], config: dict[str, Any], began: float
+    settings: Settings, text: corpora.Corpus, config: dict[str, Any], device: torch.device, began: float
 ) -> dict[str, Any]:
-    """What fits into the budget, less the time since `began`."""
-    budget = parse_duration(str(settings.budget))
-    speed = measure_speed(trainers, budget)
-    seconds = SHARE * (budget - FIXED - (time.monotonic() - began))
-    return fit(
+    """What fits into the budget, less the time since `began`: the plan of `fit`, and the batch.
+
+    A long text of which little is left gets the batch and the number of epochs of a short one.
+    """
+    data, budget = Data.of(text, config["batch"], device), parse_duration(str(settings.budget))
+    speed = measure_speed([Trainer(v, config, data, device) for v in ordered(settings.variants)], budget)
+    tokens = text.facts()["tokens"]
+    plan = fit(
         speed,
         tokens,
-        seconds,
+        SHARE * (budget - FIXED - (time.monotonic() - began)),
         config,
         seeds=settings.seeds,
         epochs=settings.epochs,
         decay_after=settings.decay_after,
-    )
+    ) | {"batch": config["batch"]}
+    longest = SMALL - 1
+    short = settings.resolved(longest) | {"threads": config["threads"]}
+    if (plan["max_tokens"] or tokens["train"]) <= longest < tokens["train"] and short != config:
+        plan = _plan(settings, _load(settings, longest), short, device, began)
+        plan["max_tokens"] = plan["max_tokens"] or longest
+    return plan
 
 
 def check_length(tokens: dict[str, int], batch: int, bptt: int) -> None:
@@ -223,20 +190,27 @@ def _train(
     every: float,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Train one variant, saving every `every` seconds, after each epoch and when told to stop; False if stopped."""
+    """Train one variant to its end, saving every `every` seconds, after each epoch and when told to stop.
+
+    False when it was stopped; a training that diverges has ended too.
+    """
     epochs = trainer.settings["epochs"]
     saved = time.monotonic()
-    for event in trainer.run():
-        if event == "step":
-            progress.step(label, trainer.epoch + 1, epochs)
-        elif event == "epoch":
-            progress.epoch(label, trainer.curves[-1], epochs)
-        stop = should_stop() and not trainer.done
-        if stop or event != "step" or time.monotonic() - saved >= every:
-            save(trainer.state_dict())
-            saved = time.monotonic()
-        if stop:
-            return False
+    try:
+        for event in trainer.run():
+            if event == "step":
+                progress.step(label, trainer.epoch + 1, epochs)
+            elif event == "epoch":
+                progress.epoch(label, trainer.curves[-1], epochs)
+            stop = should_stop() and not trainer.done
+            if stop or event != "step" or time.monotonic() - saved >= every:
+                save(trainer.state_dict())
+                saved = time.monotonic()
+            if stop:
+                return False
+    except Diverged as error:
+        save(trainer.state_dict())
+        progress.say(str(error))
     return True
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .settings import CompareError
+from .settings import VARIANTS, CompareError
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", "compare.lock"
 REPORTS = ("report.json", "report.html", "report.md")
 PLAN = "plan"  # what `--budget` decided: kept, not compared
+CHECKPOINT = re.compile(rf"({'|'.join(VARIANTS)})(?:-(-?\d+))?\.pt")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -47,49 +49,65 @@ class Store:
     def __init__(self, out: str) -> None:
         self.path = Path(out).expanduser()
 
-    def open(self, config: dict[str, Any], *, fresh: bool) -> bool:
-        """Claim the directory for `config`; True when it holds an earlier run of the same configuration.
+    def earlier(self, config: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
+        """What an earlier run of the same configuration wrote; None where there is none, or `fresh` discards it.
 
-        Raises CompareError when the directory cannot be used or belongs to another configuration.
+        A budget that is not repeated counts as the same. Raises CompareError when the directory belongs to another
+        configuration, or holds files that `begin` would replace and that are not of a comparison.
         """
+        old = self._config()
+        if old is None or fresh:
+            return None
+        if old.get(PLAN) and config["budget"] is None:
+            config = config | {"budget": old["budget"]}
+        what = differences(old, config)
+        if not what:
+            return old
+        if self._own() == [CONFIG]:  # nothing is lost
+            return None
+        if not differences(old | {"threads": config["threads"]}, config):
+            raise CompareError(
+                f"{self.path} holds a comparison with another number of CPU threads: --threads {old['threads']} "
+                "continues it; --fresh starts again, another --out leaves it alone"
+            )
+        raise CompareError(
+            f"{self.path} holds a comparison with other settings ({what}): "
+            "start again with --fresh, or choose another --out"
+        )
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Remove what an earlier run left and write `config`. To be called after `earlier` has found None."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if fresh:
-                self._clear()
-            file = self.path / CONFIG
-            if file.exists() and any(self.path.glob("*.pt")):
-                self._check(json.loads(file.read_text("utf-8")), config)
-                return True
-            write_atomically(file, json.dumps(config, indent=1).encode())
+            for name in self._own():
+                (self.path / name).unlink()
         except OSError as error:
             raise CompareError(f"{self.path}: cannot write there ({error.strerror})") from None
-        except ValueError as error:
-            if isinstance(error, CompareError):
-                raise
-            raise CompareError(f"{self.path / CONFIG}: not readable; use --fresh or another --out") from None
-        return False
+        write_atomically(self.path / CONFIG, json.dumps(config, indent=1).encode())
 
-    def planned(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """The plan of an earlier run of the same configuration, if there is one."""
+    def checkpoints(self, first: int) -> list[tuple[int, str]]:
+        """Seed and variant of each checkpoint there; `first` is the seed that names do not have in them."""
+        found = [CHECKPOINT.fullmatch(name) for name in self._own()]
+        return [(int(match[2] or first), match[1]) for match in found if match]
+
+    def _own(self) -> list[str]:
+        """Files that are there under the names of a comparison, config.json last."""
+        checkpoints = sorted(f.name for f in self.path.glob("*.pt") if CHECKPOINT.fullmatch(f.name))
+        return [*checkpoints, *(name for name in (*REPORTS, CONFIG) if (self.path / name).exists())]
+
+    def _config(self) -> dict[str, Any] | None:
+        """The content of config.json, None where a comparison would be the first one there."""
+        own = self._own()
+        if not own:
+            return None
         try:
             old = json.loads((self.path / CONFIG).read_text("utf-8"))
         except (OSError, ValueError):
-            return None
-        return old.get(PLAN) if isinstance(old, dict) and not differences(old, config) else None
-
-    def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        what = differences(old, new)
-        if what:
+            old = None
+        if not isinstance(old, dict) or "corpus" not in old:
             raise CompareError(
-                f"{self.path} holds a comparison with other settings ({what}): "
-                "start again with --fresh, or choose another --out"
+                f"{self.path / own[-1]} is not of a comparison, or damaged: move it away, or choose another --out"
             )
-
-    def _clear(self) -> None:
-        for file in (CONFIG, *REPORTS):
-            (self.path / file).unlink(missing_ok=True)
-        for checkpoint in self.path.glob("*.pt"):
-            checkpoint.unlink()
+        return old
 
     def save(self, variant: str, state: dict[str, Any]) -> None:
         """Keep `state` as the variant's checkpoint."""

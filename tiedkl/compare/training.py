@@ -25,6 +25,11 @@ from .models import LanguageModel, VariantLoss
 from .settings import CompareError, Variant
 
 Event = Literal["step", "epoch", "done"]
+ADDED = {"test_losses": None, "diverged": False}  # missing in checkpoints of earlier versions
+
+
+class Diverged(CompareError):
+    """The loss of a training is not a number any more."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +77,26 @@ class Trainer:
         self.best: dict[str, Any] = {}  # epoch, valid_ppl, weights
         self.test_ppl: float | None = None
         self.test_losses: Tensor | None = None  # float32, of each test token in the order of the text
+        self.diverged = False  # in the epoch under way, which is as far as this training gets
 
     @property
     def done(self) -> bool:
         return self.test_losses is not None
 
     @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train: it is done, or has diverged."""
+        return self.done or self.diverged
+
+    @property
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
 
     def run(self) -> Iterator[Event]:
-        """Train to the end. At every event the object is whole: it may be saved, or left."""
+        """Train to the end. At every event the object is whole: it may be saved, or left.
+
+        Raises Diverged at the end of an epoch whose loss is not a number; the object is whole then too.
+        """
         while self.epoch < self.settings["epochs"]:
             while self.step < self.steps_per_epoch:
                 self._train_step()
@@ -132,9 +146,9 @@ class Trainer:
         valid_ce = self.evaluate(self.data.valid)
         sums = self.sums
         if not math.isfinite(valid_ce + sums["ce"]):
-            raise CompareError(
-                f"{self.variant.label}: training diverged in epoch {self.epoch + 1} (the loss is not a number); "
-                "try a smaller --lr or --clip, with --fresh"
+            self.diverged = True
+            raise Diverged(
+                f"{self.variant.label}: training diverged in epoch {self.epoch + 1} (the loss is not a number)"
             )
         self.curves.append(
             {
@@ -186,23 +200,26 @@ class Trainer:
             **{name: getattr(self, name) for name in self._PLAIN},
         }
 
-    _PLAIN = ("epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl", "test_losses")
-    _NEW = ("test_losses",)  # missing in checkpoints of earlier versions
+    _PLAIN = (
+        "epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl", "test_losses",
+        "diverged",
+    )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; the numbers that follow are the same to the last bit."""
+        state = ADDED | state
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         for name in self._PLAIN:
-            setattr(self, name, state.get(name) if name in self._NEW else state[name])
+            setattr(self, name, state[name])
         if self.test_losses is not None:
             self.test_losses = self.test_losses.cpu()
 
     def result(self) -> dict[str, Any]:
         """The variant's part of the report (see report.py)."""
         return {
-            "status": "done" if self.done else "partial",
+            "status": "done" if self.done else "diverged" if self.diverged else "partial",
             "epochs_done": self.epoch + self.step / self.steps_per_epoch,
             "epochs_planned": self.settings["epochs"],
             "parameters": sum(p.numel() for p in self.model.parameters()),

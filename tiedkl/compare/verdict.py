@@ -80,7 +80,7 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
     The outcome is "nothing" without a variant to compare, else what `decide` says of the best. n_seeds: planned.
     """
     done = {name: v for name, v in variants.items() if v["seeds_done"]}
-    missing = [v["label"] for v in variants.values() if v["status"] != "done"]
+    missing = [v["label"] for v in variants.values() if v["status"] not in ("done", "diverged")]
     outcome, name = "nothing", best(variants)
     sentences: list[str] = []
     if name is not None:
@@ -88,16 +88,33 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
         sentences = _against_baseline(variants, name, outcome)
     elif len(done) >= 2:
         first = min(done.values(), key=lambda v: v["test_ppl"])
+        baseline = "has not been trained to the end" if "baseline" in variants else "was not part of this test"
         sentences.append(
             f"{first['label']} predicts unseen text best (test perplexity {first['test_ppl']:.1f}); "
-            "the baseline was not part of this test."
+            f"the baseline {baseline}."
         )
     else:
         sentences.append("There is nothing to compare yet: fewer than two variants have been trained to the end.")
     if missing:
         of = "" if n_seeds == 1 else f" with all {n_seeds} seeds"
         sentences.append(f"The test is incomplete: {_list(missing)} not finished{of}. The same command continues it.")
+    if lost := diverged(variants):
+        runs = ", ".join(f"{label} with seed {seed} in epoch {epoch}" for label, seed, epoch in lost)
+        sentences.append(
+            f"Training diverged (the loss was no number any more): {runs}. The figures leave that out. "
+            "A smaller --lr or --clip may help, with --fresh or another --out."
+        )
     return outcome, sentences
+
+
+def diverged(variants: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Label, seed and epoch of each run that diverged."""
+    return [
+        (v["label"], run["seed"], round(run["epochs_done"]))
+        for v in variants.values()
+        for run in v.get("runs", ())
+        if run["status"] == "diverged"
+    ]
 
 
 def _against_baseline(variants: dict[str, Any], name: str, outcome: str) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..compare.evidence import Run, against
+from ..compare.lock import locked
 from ..compare.settings import parse_duration
 from ..compare.store import Store
 from . import report
 from .settings import TuneSettings
-from .study import clear, finished, locked, open_study, optuna, recover
+from .study import LOCK, clear, finished, open_study, optuna, recover
 from .worker import Stopped, Task, child, work
 
 
@@ -50,7 +51,7 @@ def tune(
     threads_before, out = torch.get_num_threads(), Path(settings.out).expanduser()
     stopped = False
     try:
-        with locked(out):
+        with locked(out, LOCK, "tiedkl tune"):
             if settings.fresh:
                 clear(out)
             task = Task(settings)

@@ -7,13 +7,9 @@ starts has been killed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +31,6 @@ def optuna() -> Any:
         raise CompareError("optuna is not installed: pip install 'tiedkl[tune]'") from None
     package.logging.set_verbosity(package.logging.ERROR)
     return package
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the directory for this command. Raises CompareError when another one works there, or it cannot be used."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise CompareError(f"{out}: cannot write there ({error.strerror})") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise CompareError(
-            f"{out}: another tiedkl tune is at work there; wait for it, or choose another --out"
-        ) from None
-    finally:
-        os.close(handle)
 
 
 def clear(out: Path) -> None:

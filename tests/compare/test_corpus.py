@@ -105,6 +105,19 @@ def test_max_tokens_shortens_every_split(text_file: Path) -> None:
     assert corpus.load(str(text_file), max_tokens=500).facts()["tokens"] == {"train": 500, "valid": 50, "test": 50}
 
 
+def test_max_tokens_leaves_the_vocabulary_alone(tmp_path: Path) -> None:
+    """Words, how often one must be seen, and the order of the words are those of the whole training split."""
+    for split, text in (("train", "a b a\nc c c <unk>\n"), ("valid", "c b\n"), ("test", "a x\n")):
+        (tmp_path / f"toy.{split}.txt").write_text(text, encoding="utf-8")
+    whole, short = (corpus.load(str(tmp_path), max_tokens=n) for n in (None, 3))
+    assert short.words == whole.words == ["<unk>", "<eos>", "c", "a", "b"]
+    assert short.train.tolist() == whole.train.tolist()[:3] == [3, 4, 3]
+    assert short.known is not None
+    assert whole.known is not None
+    assert short.known["distinct_training_words"] == whole.known["distinct_training_words"] == 5
+    assert short.oov["valid"] == 0.0
+
+
 def test_digest_depends_on_the_text(text_file: Path) -> None:
     before = corpus.load(str(text_file)).facts()["sha256"]
     assert corpus.load(str(text_file)).facts()["sha256"] == before

@@ -81,7 +81,8 @@ def load(
     vocab_size counts `<unk>` and `<eos>`; words seen less than `min_count` times in training become `<unk>`. Its
     default is 2, and 1 where the training text has `<unk>` in it, since somebody has chosen the vocabulary then. Both
     are unused with `tokenizer`, the path of a tokenizer.json. `max_tokens` shortens the training split to so many
-    tokens and the others to a tenth of it. Raises CompareError with the reason.
+    tokens and the others to a tenth of it; the vocabulary is that of the whole training split all the same, since it
+    decides what temperature and gamma mean. Raises CompareError with the reason.
     """
     name, units = read_units(data)
     split = BLOCK_SPLIT if isinstance(units, list) else "the files of the directory"
@@ -102,15 +103,16 @@ def load(
         train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
         return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known)
 
-    texts = shorten(split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u)))
+    texts = split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u))
     if min_count is None:
         min_count = 1 if UNK in texts["train"] else 2
     words = build_vocabulary(texts["train"], vocab_size, min_count)
+    distinct = len(set(texts["train"]) | {UNK, EOS})
+    texts = shorten(texts)
     index = {word: i for i, word in enumerate(words)}
     train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)
     oov = {k: sum(w == UNK or w not in index for w in v) / len(v) for k, v in texts.items()}
     unknown = Counter(w for k in ("valid", "test") for w in texts[k] if w not in index).most_common(N_UNKNOWN)
-    distinct = len(set(texts["train"]) | {UNK, EOS})
     kind = f"words of the training text, {LOWERED if isinstance(units, list) else TOKENISED}"
     known = {"kind": kind, "distinct_training_words": distinct, "coverage": {k: 1.0 - v for k, v in oov.items()}}
     return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known)

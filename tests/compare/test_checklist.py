@@ -25,7 +25,7 @@ OTHER: dict[str, Any] = {
     "clip": 0.25, "dropout": 0.1, "temperature": 12.5, "gamma": 0.3, "tied_bias": False, "impl": "reference",
     "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m", "price_per_hour": 2.5,
     "tokenizer": "my tokenizer.json", "tuned_for": "real", "vocab_size": 500, "min_count": 3, "max_tokens": 9000,
-    "checkpoint_every": 5.0, "quiet": True, "fresh": True,
+    "checkpoint_every": 5.0, "quiet": True, "fresh": True, "overrides": {"real": {"lr": 0.001, "gamma": 0.2}},
 }  # fmt: skip
 EACH = [{name: value} for name, value in OTHER.items()]
 
@@ -65,14 +65,14 @@ def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     assert compared(compare_command(settings, seeds=3)) == replace(settings, fresh=False, seeds=3)
 
     line = tuned_compare_command(settings, hidden=650)
-    searched = {"lr": None, "dropout": 0.3, "temperature": 20.0, "gamma": 0.5, "tuned_for": None}  # come from --config
-    assert parsed(line).config == "tiedkl-tune/best.json"
-    assert not {"lr", "dropout", "temperature", "gamma", "tuned_for"} & set(getattr(parsed(line), "given", ()))
+    searched = {"lr": None, "dropout": 0.3, "temperature": 20.0, "gamma": 0.5, "tuned_for": None, "overrides": None}
+    assert parsed(line).config == [f"{v}=tune-{v}/best.json" for v in settings.variants]
+    assert not set(searched) & set(getattr(parsed(line), "given", ()))  # they come from --config
     assert compared(line) == replace(settings, fresh=False, hidden=650, **searched)
 
     search, default = tuned(tune_command(settings, "re")), TuneSettings()
     assert search.variant == "re"
-    assert (search.out, search.fresh) == (default.out, default.fresh)
+    assert (search.out, search.fresh) == ("tune-re", default.fresh)
     for name in {field.name for field in fields(TuneSettings)} - {"variant", "out", "fresh", "search"}:
         assert getattr(search, name) == values.get(name, getattr(default, name)), name
 
@@ -101,6 +101,11 @@ def test_search_begins_at_the_settings_of_the_run(values: dict[str, Any], varian
     assert {name: getattr(found, name) for name in values} == values
 
 
+def test_search_begins_at_what_the_variant_has_of_its_own() -> None:
+    settings = Settings(lr=1.5, overrides={"real": {"lr": 0.7}})
+    assert [tuned(tune_command(settings, variant)).lr for variant in ("baseline", "real")] == [1.5, 0.7]
+
+
 def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
     settings = toy(
         variants=("baseline", "al", "re", "real"), model="transformer", lr=0.01, epochs=1, seeds=2, fresh=True
@@ -114,8 +119,9 @@ def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
     assert "2 seeds" in small["seen"][0]
     (more,) = small["commands"]
     assert compared(more) == replace(settings, seeds=3, fresh=False)
-    search, larger = real["commands"]
-    assert (tuned(search).variant, tuned(search).model, tuned(search).lr) == (name, "transformer", 0.01)
+    *searches, larger = real["commands"]
+    found = [(tuned(line).variant, tuned(line).model, tuned(line).lr) for line in searches]
+    assert found == [("baseline", "transformer", 0.01), (name, "transformer", 0.01)]
     expected = replace(settings, variants=("baseline", name), hidden=650, seeds=3, out="tiedkl-compare-650")
     assert compared(larger) == replace(expected, lr=None, fresh=False)
     assert f"{data['corpus']['vocabulary']},16" in production["commands"][2]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ..compare.settings import MODELS, VARIANTS, CompareError, Settings, load_config, parse_variants
+from ..compare.per_variant import read_configs
+from ..compare.settings import MODELS, OWN, VARIANTS, CompareError, Settings, parse_variants
 
 DIVERGED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DATA = (
@@ -26,7 +28,7 @@ def add_option(
     default: dict[str, Any],
     flag: str,
     text: str,
-    kind: type = str,
+    kind: Callable[[str], Any] = str,
     metavar: str | None = None,
     shown: str | None = None,
     **more: Any,
@@ -52,6 +54,14 @@ class Given(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
         namespace.given = {*getattr(namespace, "given", ()), self.dest}
+
+
+def overrides(text: str) -> Any:
+    """The value of --overrides; `Settings` says what is wrong with what it holds."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -108,8 +118,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag = functools.partial(parser.add_argument, action=Given, nargs=0)
     flag("--no-tied-bias", dest="tied_bias", const=False, default=True,
          help="no output bias in +RE and +REAL, as in the paper")  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="JSON with settings, such as best.json of `tiedkl tune`; "
-                        "options given here come first")  # fmt: skip
+    parser.add_argument("--config", action="append", default=[], metavar="FILE",
+                        help="JSON with settings, such as best.json of `tiedkl tune`; VARIANT=FILE, once for each, for "
+                        f"{', '.join(OWN)} of one variant; options given here come first")  # fmt: skip
+    option("--overrides", "settings of single variants as JSON, instead of --config VARIANT=FILE", overrides, "JSON",
+           "none")  # fmt: skip
     flag("--fresh", const=True, default=False, help="discard an earlier run in --out and start again")
     flag("--quiet", const=True, default=False, help="no progress, only the result")
     parser.set_defaults(func=run)
@@ -129,9 +142,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         values = {name: value for name, value in vars(args).items() if name in names}
         values["variants"] = parse_variants(args.variants)
-        if args.config is not None:
-            given = getattr(args, "given", ())
-            values |= {name: value for name, value in load_config(args.config).items() if name not in given}
+        values |= read_configs(args.config, getattr(args, "given", ()))
         settings = Settings(**values | {"variants": tuple(values["variants"])})
         with ctrl_c() as pressed:
             try:
@@ -145,8 +156,9 @@ def run(args: argparse.Namespace) -> int:
         status = DIVERGED
     if report["plan"]:
         print(report["plan"]["text"], "", sep="\n")
-    html, markdown, json = report_paths(settings.out)
-    print(table(report), "", *report["verdict"], "", f"report: {html}, {markdown.name}, {json.name}", sep="\n")
+    html, *others = report_paths(settings.out)
+    files = ", ".join([str(html), *(path.name for path in others)])
+    print(table(report), "", *report["verdict"], "", f"report: {files}", sep="\n")
     return status
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from .command import compare_command, tune_command, tuned_compare_command
 from .evidence import surest
 from .memory import EAGER_MATRICES
-from .settings import Settings
+from .settings import Settings, of_variant
 from .verdict import MARGIN, YES, best
 
 MIB = 1 << 20
@@ -85,7 +85,10 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
             f"Tested so far: {config['layers']} layers of {config['hidden']} units. In the paper the gain of +REAL on "
             "Penn Treebank was 5.3% at 200 units, 5.8% at 650 and 5.6% at 1500.",
         ],
-        "commands": [tune_command(settings, name), tuned_compare_command(settings, **larger)],
+        "commands": [
+            *(tune_command(settings, variant) for variant in ("baseline", name)),
+            tuned_compare_command(settings, **larger),
+        ],
         "note": f"{' and '.join(small)} as in this run: give more for the real test." if small else "",
         "go_on_if": f"With {SEEDS} seeds {gain}, and training is not slower than you can pay.",
         "monitor": [
@@ -104,7 +107,7 @@ def _kl(v: dict[str, Any]) -> str:
 
 
 def _production(report: dict[str, Any], v: dict[str, Any]) -> dict[str, Any]:
-    config, n_vocab = report["config"], report["corpus"]["vocabulary"]
+    config, n_vocab = of_variant(report["config"], _name(report, v)), report["corpus"]["vocabulary"]
     eager = EAGER_MATRICES[v["augmented"]] * PRODUCTION_TOKENS * n_vocab * 4 / MIB
     alpha = f"temperature={config['temperature']:g}, gamma={config['gamma']:g}" if v["augmented"] else "alpha=0.0"
     cost = report["cost"].get(_name(report, v), {})

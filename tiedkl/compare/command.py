@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import fields, replace
 from typing import Any
 
-from .settings import Settings
+from .settings import OWN, Settings
 
-BEST = "tiedkl-tune/best.json"  # where `tiedkl tune` leaves its result unless --out says otherwise
+OUT = "tune-{}"  # of the search for a variant
 
 
 def options(settings: Any) -> str:
@@ -25,6 +26,8 @@ def options(settings: Any) -> str:
             words += f" {flag}" if value else f" --no-{flag[2:]}"
             continue
         text = ",".join(value) if isinstance(value, (list, tuple)) else str(value)
+        if isinstance(value, dict):
+            text = json.dumps(value)
         words += f" {flag}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"
     return words
 
@@ -35,12 +38,14 @@ def compare_command(settings: Settings, **changes: Any) -> str:
 
 
 def tune_command(settings: Settings, variant: str) -> str:
-    """`tiedkl tune` of a variant with the settings that a search has too.
+    """`tiedkl tune` of a variant with the settings that a search has too, in a directory of its own.
 
     A range that leaves out a setting of the run is widened to hold it, since the search begins there.
     """
     from ..tune.settings import TuneSettings  # tiedkl.tune imports this package
 
+    own: dict[str, Any] = {**(settings.overrides or {}).get(variant, {}), "overrides": None}
+    settings = replace(settings, **own)
     ranges = TuneSettings(model=settings.model, variant=variant).ranges()
     parts, usual = [], True
     for name, (low, high, log) in ranges.items():
@@ -55,12 +60,12 @@ def tune_command(settings: Settings, variant: str) -> str:
     shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name in names}
     shared = {name: value for name, value in shared.items() if value is not None}
     search = None if usual else ",".join(parts)
-    return f"tiedkl tune{options(TuneSettings(**shared, variant=variant, search=search))}"
+    return f"tiedkl tune{options(TuneSettings(**shared, variant=variant, search=search, out=OUT.format(variant)))}"
 
 
 def tuned_compare_command(settings: Settings, **changes: Any) -> str:
-    """`tiedkl compare` with these settings, but those of the search from its result."""
-    from ..tune.settings import RANGES
-
-    default = {field.name: field.default for field in fields(Settings) if field.name in {*RANGES, "tuned_for"}}
-    return f"{compare_command(settings, **default, **changes)} --config {BEST}"
+    """`tiedkl compare` with these settings, but those of a search from each variant's result."""
+    default = {f.name: f.default for f in fields(Settings) if f.name in (*OWN, "tuned_for", "overrides")}
+    variants = changes.get("variants", settings.variants)
+    configs = "".join(f" --config {v}={OUT.format(v)}/best.json" for v in variants)
+    return f"{compare_command(settings, **default, **changes)}{configs}"

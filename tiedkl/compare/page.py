@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import page
 from .evidence import SAYS
+from .per_variant import settings_table
 from .plots import COLOURS, changes, curve
 from .report import certainty, quality, size, speed
 from .vocabulary import vocabulary
@@ -31,6 +32,12 @@ SPEED_HINTS = {
     "s/1M tokens": "training time for a million tokens",
     "price/1M": "the same at your price",
     "seconds": "training and evaluation, all seeds",
+}
+OWN_HINTS = {
+    "lr": "learning rate",
+    "dropout": "probability of dropping a unit",
+    "temperature": "of the augmented loss",
+    "gamma": "weight of the augmented loss, in units of the temperature",
 }
 TEMPLATE = "report.html.j2"
 PLOTS = (
@@ -69,6 +76,7 @@ def render(report: dict[str, Any]) -> str:
     facts, unknown = vocabulary(report["corpus"])
     names = list(variants)
     compared = [name for name in names if variants[name]["evidence"]]
+    own = settings_table(report)
     return page.render(
         __package__,
         TEMPLATE,
@@ -79,7 +87,9 @@ def render(report: dict[str, Any]) -> str:
             ("Results", quality(report), HINTS, names),
             ("Memory", size(report), SIZE_HINTS, names),
             ("Speed and cost", speed(report), SPEED_HINTS, names),
+            *([("Settings that differ", own, OWN_HINTS, names)] if own else []),
         ],
+        own=own,
         certainty=(certainty(report), compared) if compared else None,
         says=SAYS,
         best=min(done, key=lambda name: done[name]["test_ppl"]) if len(done) > 1 else None,

@@ -30,6 +30,7 @@ from typing import Any
 from ..environment import finite
 from .checklist import checklist
 from .evidence import Run, adjust, against, mean_ce, mean_curves, perplexity_interval, surest
+from .per_variant import settings_table
 from .settings import VARIANTS, Settings
 from .verdict import limits, verdict
 
@@ -78,7 +79,7 @@ def build(
         "status": "complete" if all(v["status"] == "done" for v in variants.values()) else "partial",
         "verdict": sentences,
         "outcome": outcome,
-        "limits": limits(variants, request.tuned_for),
+        "limits": limits(variants, request.tuned_for, own=bool(config.get("overrides"))),
         "config": config,
         "corpus": corpus,
         "environment": environment,
@@ -155,6 +156,8 @@ def tables(report: dict[str, Any]) -> list[tuple[str, Table]]:
     found = [("Quality", quality(report)), ("Memory", size(report)), ("Speed and cost", speed(report))]
     if any(v["evidence"] for v in report["variants"].values()):
         found.insert(1, ("How sure the change is", certainty(report)))
+    if own := settings_table(report):
+        found.append(("Settings that differ", own))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ NOT_RESOLVED = (
 )  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600}
 LOSS_OPTIONS = ("temperature", "gamma")
+OWN = ("lr", "dropout", *LOSS_OPTIONS)  # what may differ between variants: all that `tiedkl tune` searches
+LOSS_KEYWORDS = {*LOSS_OPTIONS, "alpha"}  # of tiedkl.FusedTiedLoss
 
 
 class CompareError(ValueError):
@@ -100,6 +102,7 @@ class Settings:
     checkpoint_every: float = 30.0  # seconds
     quiet: bool = False
     fresh: bool = False
+    overrides: dict[str, dict[str, float]] | None = None  # variant -> settings of its own, some of `OWN`
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -132,6 +135,23 @@ class Settings:
                 raise CompareError(f"{name}={value}: expected 0 or more")
         if self.budget is not None:
             parse_duration(self.budget)
+        if self.overrides is not None:
+            self._check_overrides(self.overrides)
+
+    def _check_overrides(self, overrides: Any) -> None:
+        if not isinstance(overrides, dict) or not all(isinstance(values, dict) for values in overrides.values()):
+            raise CompareError(f"overrides={overrides}: expected an object of settings for each variant")
+        for variant, values in overrides.items():
+            if variant not in self.variants:
+                raise CompareError(f"settings for variant {variant}, which is not one of {','.join(self.variants)}")
+            if other := sorted(values.keys() - set(OWN)):
+                raise CompareError(f"variant {variant}: {', '.join(other)}: only {', '.join(OWN)} may differ")
+            try:
+                replace(self, overrides=None, **values)
+            except TypeError as error:
+                raise CompareError(f"variant {variant}: a setting has the wrong type ({error})") from None
+            except CompareError as error:
+                raise CompareError(f"variant {variant}: {error}") from None
 
     def resolved(self, n_train: int) -> dict[str, Any]:
         """Every setting that influences the numbers of one run, defaults filled in for a corpus of `n_train` tokens.
@@ -150,6 +170,11 @@ class Settings:
             "decay_after": 4 if small else 3,
         }
         return settings | {name: value for name, value in defaults.items() if settings[name] is None}
+
+
+def of_variant(config: dict[str, Any], variant: str) -> dict[str, Any]:
+    """`config` (`Settings.resolved`) with what this variant has of its own."""
+    return config | (config.get("overrides") or {}).get(variant, {})
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
@@ -178,19 +203,15 @@ def load_config(path: str | Path) -> dict[str, Any]:
     "variant" names the variant that the settings were searched for. Raises CompareError, with the reason, when it
     cannot be read or holds a setting that `Settings` does not have.
     """
-    try:
-        content = json.loads(Path(path).expanduser().read_text("utf-8"))
-    except OSError as error:
-        raise CompareError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CompareError(f"{path}: not JSON ({error})") from None
+    content = _read_json(path)
     values = content.get("settings", content) if isinstance(content, dict) else None
     if not isinstance(values, dict):
         raise CompareError(f"{path}: expected a JSON object of settings")
     tuned_for = content.get("tuned_for") or content.get("variant") if "settings" in content else None
     if tuned_for is not None:
         values = {"tuned_for": tuned_for, **values}
-    unknown = sorted(values.keys() - {field.name for field in fields(Settings)})
+    known = {field.name for field in fields(Settings)} - {"overrides"}
+    unknown = sorted(values.keys() - known)
     if unknown:
         raise CompareError(f"{path}: unknown settings {', '.join(unknown)}")
     try:
@@ -203,6 +224,24 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_loss_options(path: str | Path) -> dict[str, float]:
-    """The part of a configuration file that `tiedkl.FusedTiedLoss(**options)` takes: temperature and gamma."""
-    values = load_config(path)
-    return {name: values[name] for name in LOSS_OPTIONS if name in values}
+    """The part of a configuration file that `tiedkl.FusedTiedLoss(**options)` takes.
+
+    What a `best.json` has under "loss": temperature and gamma, or alpha 0 for a variant without the augmented loss. For
+    a file of settings alone, its temperature and gamma. Raises CompareError as `load_config` does.
+    """
+    values, content = load_config(path), _read_json(path)
+    if "loss" not in content:
+        return {name: values[name] for name in LOSS_OPTIONS if name in values}
+    loss = content["loss"]
+    if not isinstance(loss, dict) or not loss.keys() <= LOSS_KEYWORDS:
+        raise CompareError(f"{path}: loss={loss}: expected an object with some of {', '.join(sorted(LOSS_KEYWORDS))}")
+    return dict(loss)
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).expanduser().read_text("utf-8"))
+    except OSError as error:
+        raise CompareError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CompareError(f"{path}: not JSON ({error})") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 from .corpus import SPLITS, Corpus, batches
 from .lstm import State
 from .models import LanguageModel, VariantLoss
-from .settings import CompareError, Variant
+from .settings import CompareError, Variant, of_variant
 
 Event = Literal["step", "epoch", "done"]
 ADDED = {"test_losses": None, "diverged": False}  # missing in checkpoints of earlier versions
@@ -57,6 +57,7 @@ class Trainer:
     """One variant on its way; `state_dict` and `load_state_dict` hold everything that changes."""
 
     def __init__(self, variant: Variant, settings: dict[str, Any], data: Data, device: torch.device) -> None:
+        settings = of_variant(settings, variant.name)
         self.variant, self.settings, self.data, self.device = variant, settings, data, device
         self.model = LanguageModel(data.n_vocab, settings, tied=variant.tied).to(device)
         self.loss = VariantLoss(variant, settings)

@@ -38,10 +38,11 @@ def best(variants: dict[str, Any]) -> str | None:
     return min(changes, key=lambda name: changes[name]) if changes else None
 
 
-def limits(variants: dict[str, Any], tuned_for: str | None = None) -> list[str]:
+def limits(variants: dict[str, Any], tuned_for: str | None = None, *, own: bool = False) -> list[str]:
     """What a comparison cannot tell, with the seeds that are finished so far.
 
-    tuned_for: the variant that the settings were searched for, None where they were not searched.
+    tuned_for: the variant that the settings were searched for, None where they were not searched. own: whether variants
+    have settings of their own.
     """
     n_seeds = min((len(v["seeds_done"]) for v in variants.values() if v["seeds_done"]), default=0)
     if n_seeds == 0:
@@ -53,7 +54,9 @@ def limits(variants: dict[str, Any], tuned_for: str | None = None) -> list[str]:
     return [
         first,
         "A small model and a short training; larger models and longer training can change the order of the variants.",
-        _fairness(tuned_for),
+        "Variants have settings of their own: a better search for one of them can change the answer."
+        if own
+        else _fairness(tuned_for),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",

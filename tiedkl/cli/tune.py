@@ -16,11 +16,12 @@ OPTIONS = (
     ("--out", "directory for the study and the result", str, "DIR", None),
     ("--search", "some of gamma,temperature,lr,dropout, each with =LOW:HIGH or without", str, "LIST", "all four"),
     ("--trials", "trials in all, those of earlier runs included", int, "N", None),
-    ("--timeout", "no trial begins after this time, and those under way stop: 90s, 10m, 2h", str, "TIME", "none"),
+    ("--timeout", "no training begins after this time, and those under way stop: 90s, 10m, 2h", str, "TIME", "none"),
     ("--jobs", "processes that share the study", int, "N", None),
     ("--check", "other seeds to compare the winner with the defaults on", int, "N", None),
     ("--epochs", "passes over the training text in a trial", int, "N", None),
-    ("--max-tokens", "training tokens of a trial, and a tenth of it for each other split", int, "N", None),
+    ("--max-tokens", "training tokens of a trial, and a tenth of it for each other split; the vocabulary is "
+     "that of the whole text", int, "N", None),
     ("--hidden", "units a layer, and width of the embedding", int, "N", None),
     ("--layers", "layers", int, "N", None),
     ("--batch", "sequences trained side by side", int, "N", "by the size of the text"),
@@ -66,7 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the search: 0 when done, 2 for bad input, 130 after Ctrl-C (best.json then holds the best so far)."""
     from ..compare.report import aligned
-    from ..tune.report import table
+    from ..tune.report import fair, table
     from ..tune.search import Interrupted, tune
 
     names = {field.name for field in dataclasses.fields(TuneSettings)}
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         return BAD_INPUT
     best = Path(settings.out).expanduser() / "best.json"
     print(aligned(*table(found)), "", *found["verdict"], "", f"best: {best}, tune.md", sep="\n")
-    print(f"use:  tiedkl compare --config {best}")
+    print(f"use:  tiedkl compare --config {best}", fair(found, best), sep="\n")
     return status
 
 

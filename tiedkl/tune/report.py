@@ -1,9 +1,12 @@
 """What a search found: `best.json`, the table of trials, and the answer to "is it better than the defaults?".
 
 best.json: `schema` 1, `settings` (keywords of `tiedkl.compare.Settings`), `loss` (keywords of
-`tiedkl.FusedTiedLoss`), `variant`, `trial`, `valid_ppl` (defaults, best), `check` (the winner against the defaults
-with other seeds, on the test split; see evidence.py), `search`, `trials` (number, state, params, valid_ppl, epochs,
-seconds), `text`, `verdict`.
+`tiedkl.FusedTiedLoss`), `tuned_for` (a variant), `trial`, `valid_ppl` (defaults, best), `check`, `unchecked`, `search`,
+`trials` (number, state, note, defaults, params, valid_ppl, epochs, seconds), `text`, `training`, `verdict`.
+
+`check` is the winner against the defaults with other seeds: `trial`, `valid_ppl` (seed, defaults, best; null where the
+training diverged), `diverged` (seed, settings, note), and `test`, the test split (evidence.py; null where no seed has
+both). It is null where it was not done, and `unchecked` says why.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from ..compare.settings import LOSS_OPTIONS, VARIANTS
 from ..compare.store import write_atomically
 from ..environment import finite
 from .settings import TuneSettings
-from .study import ABANDONED, BEST, DEFAULTS, DIVERGED, REASON, TABLE, optuna
+from .study import ABANDONED, BEST, DEFAULTS, DIVERGED, NOTE, REASON, TABLE, optuna
 
 if TYPE_CHECKING:
     from .worker import Task
 
-KEPT = ("model", "hidden", "layers", "batch", "bptt", "lr_decay", "clip")  # what a learning rate goes with
+KEPT = (  # what a learning rate, a temperature and gamma go with
+    "model", "hidden", "layers", "batch", "bptt", "lr_decay", "clip", "vocab_size", "min_count",
+)  # fmt: skip
+NOT_YET = "Other seeds were not tried yet: the same command goes on with the search and the check."
 
 
 def complete(study: Any) -> list[Any]:
@@ -45,11 +51,14 @@ def ppl(trial: Any) -> float | None:
     return math.exp(min(min(values), 700.0)) if values else None
 
 
-def result(study: Any, settings: TuneSettings, task: Task, checked: dict[str, Any] | None = None) -> dict[str, Any]:
+def result(
+    study: Any, settings: TuneSettings, task: Task, checked: dict[str, Any] | None = None, unchecked: str = NOT_YET
+) -> dict[str, Any]:
     """The content of best.json; its settings are the defaults while no trial is complete."""
     defaults, best = pair(study)
+    wanting = checked is None and defaults is not None and best is not None and best.number != defaults.number
     params = dict(best.params) if best else settings.defaults()
-    config = {name: task.config[name] for name in KEPT}
+    config = {name: task.config[name] for name in KEPT} | {"tokenizer": settings.tokenizer}
     values = {**config, **{n: task.config[n] for n in ("lr", "dropout", "temperature", "gamma")}, **params}
     found = {
         "schema": 1,
@@ -57,10 +66,11 @@ def result(study: Any, settings: TuneSettings, task: Task, checked: dict[str, An
         "loss": {name: values[name] for name in LOSS_OPTIONS}
         if VARIANTS[settings.variant].augmented
         else {"alpha": 0.0},
-        "variant": settings.variant,
+        "tuned_for": settings.variant,
         "trial": best.number if best else None,
         "valid_ppl": {"defaults": defaults and ppl(defaults), "best": best and ppl(best)},
         "check": checked,
+        "unchecked": unchecked if wanting else None,
         "search": {name: list(r[:2]) for name, r in settings.ranges().items()},
         "trials": [_row(t) for t in study.get_trials(deepcopy=False)],
         "text": {key: task.facts[key] for key in ("name", "vocabulary", "tokens", "sha256")},
@@ -74,6 +84,7 @@ def _row(trial: Any) -> dict[str, Any]:
     return {
         "number": trial.number,
         "state": reason if reason in (DIVERGED, ABANDONED) else trial.state.name.lower(),
+        "note": trial.user_attrs.get(NOTE),
         "defaults": bool(trial.user_attrs.get(DEFAULTS)),
         "params": dict(trial.params),
         "valid_ppl": ppl(trial),
@@ -86,7 +97,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     """Sentences: the gain in the search, and what other seeds and the test split say of it."""
     old, new = found["valid_ppl"]["defaults"], found["valid_ppl"]["best"]
     if old is None or new is None:
-        return ["The trial with the defaults is not complete yet: there is nothing to compare with."]
+        return [_without_defaults(found)]
     if found["trials"][found["trial"]]["defaults"]:
         return [f"Nothing beats the defaults (validation perplexity {old:.2f}) in this search."]
     first = (
@@ -95,11 +106,13 @@ def verdict(found: dict[str, Any]) -> list[str]:
     )
     check = found["check"]
     if check is None:
-        return [first, "The best of many trials looks better than it is; other seeds were not tried."]
-    test = check["test"]
+        return [first, f"The best of many trials looks better than it is. {found['unchecked']}"]
+    test, n = check["test"], len(check["valid_ppl"])
+    if check["diverged"]:
+        where = ", ".join(f"with the {d['settings']} settings and seed {d['seed']}" for d in check["diverged"])
+        return [first, f"It does not hold with {n} other seed{'' if n == 1 else 's'}: training diverged {where}."]
     sure = test["over_both"] or test["over_text"]
     low, high = sure["percent"]
-    n = len(check["valid_ppl"])
     better = sum(row["best"] < row["defaults"] for row in check["valid_ppl"])
     holds = "It holds" if high < 0 else "It does not hold" if low > 0 else "It is not proven"
     return [
@@ -108,6 +121,28 @@ def verdict(found: dict[str, Any]) -> list[str]:
         f"{test['test_ppl'][0]:.2f} instead of {test['test_ppl'][1]:.2f} ({test['percent']:+.1f}%, 95% interval "
         f"{low:+.1f} to {high:+.1f}%); validation perplexity better with {better} of {n}.",
     ]
+
+
+def _without_defaults(found: dict[str, Any]) -> str:
+    if not any(t["defaults"] and t["state"] == DIVERGED for t in found["trials"]):
+        return "The trial with the defaults is not complete yet: there is nothing to compare with."
+    new = found["valid_ppl"]["best"]
+    if new is None:
+        return "Training with the defaults diverged, and no other trial is complete: try a smaller --lr."
+    return f"Training with the defaults diverged; the best is trial {found['trial']}, validation perplexity {new:.2f}."
+
+
+def why_unchecked(settings: TuneSettings, n_done: int, *, late: bool) -> str:
+    """Why the winner was not checked with other seeds, and how it will be; `late` when the time was up."""
+    if not settings.check:
+        return "Other seeds were not tried: --check 3 does it."
+    if not late:
+        return NOT_YET
+    short = f"; --trials {n_done} without --timeout checks at once" if n_done < settings.trials else ""
+    return (
+        "The time was up before the check with other seeds was done: the same command with a longer --timeout, or "
+        f"without, does it{short}."
+    )
 
 
 def table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -128,18 +163,35 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [f"# Search on {found['text']['name'].replace('_', chr(92) + '_')}", ""]
     lines += [*found["verdict"], ""]
     lines += [
-        f"Variant {found['variant']}, {found['training']['epochs']} epochs of {found['text']['tokens']['train']:,} "
+        f"Variant {found['tuned_for']}, {found['training']['epochs']} epochs of {found['text']['tokens']['train']:,} "
         "training tokens a trial; the validation perplexity decides, and hopeless trials are pruned.",
         "",
     ]
-    return "\n".join([*lines, *markdown_rows(table(found)), "", "Use it: `tiedkl compare --config best.json`", ""])
+    notes = [f"- Trial {t['number']}: {t['note']}" for t in found["trials"] if t["note"]]
+    lines += [*markdown_rows(table(found)), "", *(notes and [*notes, ""])]
+    return "\n".join([*lines, "Use it: `tiedkl compare --config best.json`", "", fair(found, "best.json"), ""])
+
+
+def fair(found: dict[str, Any], best: str | Path) -> str:
+    """How a comparison with these settings is fair; `best` is the path of best.json."""
+    own = found["tuned_for"]
+    other = "real" if own == "baseline" else "baseline"
+    return (
+        f"For a fair test each variant needs a search of its own: tiedkl tune --variant {other} --out tune-{other}; "
+        f"then tiedkl compare --variants {other},{own} --config {other}=tune-{other}/best.json --config {own}={best}"
+    )
 
 
 def write_best(
-    study: Any, settings: TuneSettings, task: Task, out: Path, checked: dict[str, Any] | None = None
+    study: Any,
+    settings: TuneSettings,
+    task: Task,
+    out: Path,
+    checked: dict[str, Any] | None = None,
+    unchecked: str = NOT_YET,
 ) -> dict[str, Any]:
     """Write best.json and tune.md, each whole or not at all; return the result."""
-    found = result(study, settings, task, checked)
+    found = result(study, settings, task, checked, unchecked)
     text = json.dumps(finite(found), indent=1, allow_nan=False) + "\n"
     write_atomically(out / BEST, text.encode())
     write_atomically(out / TABLE, markdown(found).encode())
@@ -153,4 +205,5 @@ def line(study: Any, trial_number: int, n_done: int, n_trials: int) -> str:
     values = "  ".join(f"{name} {value:.4g}" for name, value in row["params"].items())
     _, best = pair(study)
     ending = "" if best is None else f"  best so far {ppl(best):.2f} (trial {best.number})"
+    ending += f"  {row['note']}" if row["note"] else ""
     return f"{n_done:>3}/{n_trials}  {row['state']:<9} valid ppl {number(row['valid_ppl'], '8.2f')}  {values}{ending}"

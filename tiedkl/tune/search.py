@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import torch
 
 from ..compare.evidence import Run, against
 from ..compare.lock import locked
+from ..compare.report import number
 from ..compare.settings import parse_duration
 from ..compare.store import Store
+from ..compare.training import Diverged
 from . import report
 from .settings import TuneSettings
 from .study import LOCK, clear, finished, open_study, optuna, recover
@@ -43,13 +46,17 @@ def tune(
     """Search, or continue the search in `settings.out`; write `best.json` and `tune.md`; return the result (report.py).
 
     `say` gets a line after each trial; with several jobs it must be a function that can be pickled. `should_stop` is
-    asked after every training step; when it says yes, Interrupted is raised. Raises CompareError for what the user has
-    to change.
+    asked after every training step; when it says yes, Interrupted is raised. Trainings that diverge are part of the
+    result. Raises CompareError for what the user has to change.
     """
     optuna()
     deadline = None if settings.timeout is None else time.time() + parse_duration(settings.timeout)
     threads_before, out = torch.get_num_threads(), Path(settings.out).expanduser()
     stopped = False
+
+    def late() -> bool:
+        return deadline is not None and time.time() >= deadline
+
     try:
         with locked(out, LOCK, "tiedkl tune"):
             if settings.fresh:
@@ -62,14 +69,15 @@ def tune(
                 say(f"continuing the study in {out}: {n_done} trials done{again}")
             left = settings.trials - n_done
             if left > 0:
-                _run(settings, left, deadline, say, should_stop)
-            stopped = should_stop()
+                _run(task, study, settings, left, deadline, say, should_stop)
+            stopped, n_done = should_stop(), len(finished(study))
             torch.set_num_threads(threads_before if settings.threads is None else settings.threads)
             checked = None
-            if not stopped and settings.check and len(finished(study)) >= settings.trials:
-                checked = _check(settings, task, study, out, say, should_stop)
+            if not stopped and settings.check and n_done >= settings.trials:
+                checked = _check(settings, task, study, out, say, lambda: should_stop() or late())
                 stopped = should_stop()
-            result = report.write_best(study, settings, task, out, checked)
+            unchecked = report.why_unchecked(settings, n_done, late=late() and not stopped)
+            result = report.write_best(study, settings, task, out, checked, unchecked)
     finally:
         torch.set_num_threads(threads_before)
     if stopped:
@@ -78,6 +86,8 @@ def tune(
 
 
 def _run(
+    task: Task,
+    study: Any,
     settings: TuneSettings,
     left: int,
     deadline: float | None,
@@ -87,12 +97,13 @@ def _run(
     """`left` trials, shared between the jobs."""
     jobs = min(settings.jobs, left)
     if jobs == 1:
-        work(settings, left, 0, deadline, say, should_stop)
+        work(task, study, settings, left, 0, deadline, say, should_stop)
         return
     context = multiprocessing.get_context("spawn")
+    text = pickle.dumps(task.text)
     shares = [left // jobs + (k < left % jobs) for k in range(jobs)]
     processes = [
-        context.Process(target=child, args=(settings, share, k, deadline, say, os.getpid()), name=f"tune-{k}")
+        context.Process(target=child, args=(text, settings, share, k, deadline, say, os.getpid()), name=f"tune-{k}")
         for k, share in enumerate(shares)
     ]
     for process in processes:
@@ -117,34 +128,54 @@ def _check(
     study: Any,
     out: Path,
     say: Callable[[str], None],
-    should_stop: Callable[[], bool],
+    over: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """Winner and defaults with other seeds, on the test split, which no trial has seen; None when stopped.
+    """Winner and defaults with other seeds, on the test split, which no trial has seen (report.py says what is found).
 
-    Finished trainings are kept in files, so that a check goes on where it was stopped.
+    None when `over` says stop, and when there is nothing to compare. Trainings that have ended are kept in files, so
+    that a check goes on where it was stopped.
     """
     defaults, best = report.pair(study)
     if defaults is None or best is None or best.number == defaults.number:
         return None
     store = Store(str(out))
-    runs: dict[int, list[Run]] = {defaults.number: [], best.number: []}
+    runs: dict[str, list[Run]] = {"defaults": [], "best": []}
+    rows, diverged = [], []
     for seed in range(settings.seed + 1, settings.seed + 1 + settings.check):
-        for trial in (defaults, best):
-            name = f"check-{trial.number}-{seed}"
-            kept = store.load(name, torch.device("cpu"))
+        row: dict[str, Any] = {"seed": seed}
+        for which, trial in (("defaults", defaults), ("best", best)):
+            kept = _training(task, trial, seed, store, over)
             if kept is None:
-                try:
-                    trainer = task.train(trial.params, seed, lambda *_: None, should_stop, test=True)
-                except Stopped:
-                    return None
-                kept = {"valid_ppl": trainer.best["valid_ppl"], "losses": trainer.test_losses}
-                store.save(name, kept)
-            runs[trial.number].append(Run(seed, {"valid_ppl": kept["valid_ppl"]}, kept["losses"]))
+                return None
+            runs[which].append(Run(seed, {}, kept["losses"]))
+            row[which] = kept["valid_ppl"]
+            if kept.get("diverged"):
+                diverged.append({"seed": seed, "settings": which, "note": kept["diverged"]})
+        rows.append(row)
         say(
-            f"check with seed {seed}: valid ppl {runs[defaults.number][-1].result['valid_ppl']:.2f} (defaults), "
-            f"{runs[best.number][-1].result['valid_ppl']:.2f} (best)"
+            f"check with seed {seed}: valid ppl {number(row['defaults'], '.2f')} (defaults), "
+            f"{number(row['best'], '.2f')} (best)"
         )
-    evidence = against(runs[defaults.number], runs[best.number])
-    valid = [{"seed": a.seed, "defaults": a.result["valid_ppl"], "best": b.result["valid_ppl"]}
-             for a, b in zip(*runs.values(), strict=True)]  # fmt: skip
-    return {"trial": best.number, "valid_ppl": valid, "test": evidence}
+    test = against(runs["defaults"], runs["best"])
+    return {"trial": best.number, "valid_ppl": rows, "diverged": diverged, "test": test}
+
+
+def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[], bool]) -> dict[str, Any] | None:
+    """`valid_ppl` and test `losses` of the trial's settings with another seed; None when stopped.
+
+    Both are None where the training diverged, and `diverged` says when it did.
+    """
+    name = f"check-{trial.number}-{seed}"
+    kept = store.load(name, torch.device("cpu"))
+    if kept is None:
+        if over():
+            return None
+        try:
+            trainer = task.train(trial.params, seed, lambda *_: None, over, test=True)
+            kept = {"valid_ppl": trainer.best["valid_ppl"], "losses": trainer.test_losses}
+        except Stopped:
+            return None
+        except Diverged as error:
+            kept = {"valid_ppl": None, "losses": None, "diverged": str(error)}
+        store.save(name, kept)
+    return kept

@@ -38,7 +38,7 @@ class TuneSettings:
     search: str | None = None  # "gamma,temperature,lr=0.5:2"; None: all that the variant has
     variant: str = "real"
     trials: int = 20  # in all, those of earlier runs included
-    timeout: str | None = None  # such as "10m"; no trial begins after it, and those under way stop
+    timeout: str | None = None  # such as "10m"; no training begins after it, and those under way stop
     jobs: int = 1  # processes
     pruner: str = "median"
     check: int = 3  # other seeds to compare the winner with the defaults on, 0 for none

@@ -19,7 +19,7 @@ from .settings import TuneSettings
 
 NAME = "tiedkl"
 DATABASE, LOCK, BEST, TABLE = "study.db", "study.lock", "best.json", "tune.md"
-DEFAULTS, REASON = "defaults", "reason"  # attributes of a trial
+DEFAULTS, REASON, NOTE = "defaults", "reason", "note"  # attributes of a trial
 DIVERGED, ABANDONED = "diverged", "interrupted"
 
 

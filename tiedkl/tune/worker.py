@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -15,10 +16,10 @@ import torch
 from ..compare import corpus as corpora
 from ..compare.runner import check_length, pick_device
 from ..compare.settings import VARIANTS, CompareError
-from ..compare.training import Data, Trainer
+from ..compare.training import Data, Diverged, Trainer
 from . import report
 from .settings import TuneSettings
-from .study import DIVERGED, REASON, abandon, finished, open_study, optuna, queue_neighbour
+from .study import DEFAULTS, DIVERGED, NOTE, REASON, abandon, finished, open_study, optuna, queue_neighbour
 
 
 class Stopped(Exception):
@@ -26,12 +27,12 @@ class Stopped(Exception):
 
 
 class Task:
-    """The text and the settings of all trials; `train` makes one model."""
+    """The text and the settings of all trials; `train` makes one model. `text` is given where it has been read."""
 
-    def __init__(self, settings: TuneSettings) -> None:
+    def __init__(self, settings: TuneSettings, text: corpora.Corpus | None = None) -> None:
         self.device = pick_device(settings.device)
         compared = settings.compared()
-        text = corpora.load(
+        self.text = text = text or corpora.load(
             settings.data,
             vocab_size=settings.vocab_size,
             min_count=settings.min_count,
@@ -62,7 +63,8 @@ class Task:
     ) -> Trainer:
         """Train with `params`; `epoch_done(epoch, valid_ce)` may raise to end it, Stopped is raised when told to.
 
-        Without `test` the test split is never looked at. Raises CompareError when the training diverges.
+        Without `test` the test split is never looked at. Raises Diverged when the training diverges, and CompareError
+        when it cannot begin.
         """
         try:
             trainer = Trainer(self.variant, self.config | params | {"seed": seed}, self.data, self.device)
@@ -79,6 +81,8 @@ class Task:
 
 
 def work(
+    task: Task,
+    study: Any,
     settings: TuneSettings,
     quota: int,
     worker: int,
@@ -88,8 +92,6 @@ def work(
 ) -> None:
     """Run up to `quota` trials. A trial under way at the deadline (of time.time) or at a stop is queued again."""
     torch.set_num_threads(threads(settings))
-    task = Task(settings)
-    study = open_study(settings, task.identity, worker=worker)
 
     def over() -> bool:
         return should_stop() or (deadline is not None and time.time() >= deadline)
@@ -119,7 +121,8 @@ def _trial(
         nonlocal best
         best = min(best, valid_ce)
         trial.report(valid_ce, epoch)
-        if epoch < settings.epochs and trial.should_prune():
+        judged = epoch == settings.epochs or trial.user_attrs.get(DEFAULTS)  # the defaults are needed to the end
+        if not judged and trial.should_prune():
             raise package.TrialPruned
 
     try:
@@ -127,15 +130,13 @@ def _trial(
         outcome: dict[str, Any] = {"values": best}
     except package.TrialPruned:
         outcome = {"state": state.PRUNED}
-    except CompareError as error:
-        if "diverged" not in str(error):
-            abandon(study, trial)
-            raise
+    except Diverged as error:
         trial.set_user_attr(REASON, DIVERGED)
+        trial.set_user_attr(NOTE, str(error))
         outcome = {"state": state.FAIL}
-    except (Stopped, KeyboardInterrupt) as stopped:
+    except (Stopped, CompareError, KeyboardInterrupt) as stopped:
         abandon(study, trial)
-        if isinstance(stopped, KeyboardInterrupt):
+        if not isinstance(stopped, Stopped):
             raise
         return False
     trial.set_user_attr("seconds", time.perf_counter() - began)
@@ -149,9 +150,20 @@ def threads(settings: TuneSettings) -> int:
 
 
 def child(
-    settings: TuneSettings, quota: int, worker: int, deadline: float | None, say: Callable[[str], None], parent: int
+    text: bytes,
+    settings: TuneSettings,
+    quota: int,
+    worker: int,
+    deadline: float | None,
+    say: Callable[[str], None],
+    parent: int,
 ) -> None:
-    """`work` in a process of its own: stops at Ctrl-C, and when the command that started it is gone."""
+    """`work` in a process of its own: stops at Ctrl-C, and when the command that started it is gone.
+
+    text: the pickled `Task.text`, so that it is read and tokenised once and not in each process.
+    """
     pressed = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    work(settings, quota, worker, deadline, say, lambda: pressed.is_set() or os.getppid() != parent)
+    task = Task(settings, pickle.loads(text))
+    study = open_study(settings, task.identity, worker=worker)
+    work(task, study, settings, quota, worker, deadline, say, lambda: pressed.is_set() or os.getppid() != parent)

@@ -1,0 +1,232 @@
+"""What `tiedkl tune` concludes: pruning, divergence, the check with other seeds, the time limit, best.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("optuna")
+
+import tiedkl
+from tiedkl import cli
+from tiedkl.compare import Settings, corpus
+from tiedkl.compare.settings import load_config, load_loss_options
+from tiedkl.compare.training import Diverged
+from tiedkl.tune import search, tune, worker
+
+from .conftest import TOY
+
+Trainings = list[tuple[dict[str, float], int]]
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
+    """Trainings diverge where `when(params, seed)` says so."""
+    train = worker.Task.train
+
+    def diverge(self: Any, params: Any, seed: int, *args: Any, **options: Any) -> Any:
+        if when(params, seed):
+            raise Diverged("+REAL: training diverged in epoch 1 (the loss is not a number)")
+        return train(self, params, seed, *args, **options)
+
+    monkeypatch.setattr(worker.Task, "train", diverge)
+
+
+def is_default(params: dict[str, float]) -> bool:
+    return params["lr"] == TOY["lr"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "loss"), [("re", {"alpha": 0.0}), ("al", {"temperature": 20.0, "gamma": 0.5})], ids=["re", "al"]
+)
+def test_best_serves_the_loss_of_its_variant(
+    toy: Any, trainings: Trainings, tmp_path: Path, variant: str, loss: dict[str, float]
+) -> None:
+    tune(toy(trials=1, variant=variant, vocab_size=20))
+    best = tmp_path / "out" / "best.json"
+    assert json.loads(best.read_text())["tuned_for"] == variant
+    assert load_loss_options(best) == loss
+    alpha = tiedkl.FusedTiedLoss(**load_loss_options(best)).settings.scalars.options.alpha
+    assert alpha == loss.get("gamma", 0.0) * loss.get("temperature", 0.0)
+    settings = Settings(**load_config(best))
+    assert (settings.lr, settings.hidden, settings.vocab_size) == (0.002, 8, 20)
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_defaults_are_never_pruned(
+    toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch, pruner: str
+) -> None:
+    import optuna
+
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda self: True)
+    found = tune(toy(trials=3, pruner=pruner))
+    assert [(t["state"], t["epochs"]) for t in found["trials"]] == [("complete", 2), ("pruned", 1), ("pruned", 1)]
+
+
+def test_nothing_better_than_the_defaults_is_said(toy: Any, trainings: Trainings) -> None:
+    found = tune(toy(trials=1))
+    assert found["verdict"] == [f"Nothing beats the defaults (validation perplexity {found['valid_ppl']['best']:.2f}) "
+                                "in this search."]  # fmt: skip
+
+
+def test_diverged_trial_counts_and_is_not_repeated(
+    toy: Any, trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(9))
+    diverging(monkeypatch, lambda *_: next(calls) == 1)
+    lines: list[str] = []
+    found = tune(toy(trials=3, pruner="none"), say=lines.append)
+    assert [t["state"] for t in found["trials"]] == ["complete", "diverged", "complete"]
+    note = "+REAL: training diverged in epoch 1 (the loss is not a number)"
+    assert [t["note"] for t in found["trials"]] == [None, note, None]
+    assert lines[1].endswith(note)
+    assert f"- Trial 1: {note}" in (tmp_path / "out" / "tune.md").read_text()
+
+
+def test_diverged_defaults_are_said(toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverging(monkeypatch, lambda params, seed: is_default(params))
+    assert tune(toy(trials=1, check=3))["verdict"] == [
+        "Training with the defaults diverged, and no other trial is complete: try a smaller --lr."
+    ]
+    found = tune(toy(trials=2, check=3))
+    assert found["verdict"] == [
+        f"Training with the defaults diverged; the best is trial 1, validation perplexity "
+        f"{found['valid_ppl']['best']:.2f}."
+    ]
+    assert len(trainings) == 1  # a check has nothing to compare with
+
+
+def test_gain_that_holds_is_said(toy: Any, trainings: Trainings) -> None:
+    found = tune(toy(trials=2, check=3))
+    assert found["verdict"][0].startswith("Improves on the defaults")
+    assert found["verdict"][1].startswith("It holds with 3 other seeds")
+    assert [seed for _, seed in trainings] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert found["unchecked"] is None
+    assert tune(toy(trials=2, check=3)) == found
+    assert len(trainings) == 8
+
+
+def test_gain_that_other_seeds_do_not_show_is_said(
+    toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A winner that is the defaults but for 1e-9 in the learning rate, and a hair better in the search."""
+    train, seen = worker.Task.train, 0
+
+    def lucky(self: Any, params: Any, seed: int, epoch_done: Any, *args: Any, **options: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        bonus = 0.1 if seen == 2 else 0.0
+        trained = train(self, params, seed, lambda k, ce: epoch_done(k, ce - bonus), *args, **options)
+        generator = torch.Generator().manual_seed(2 * seed + is_default(params))
+        trained.test_losses = trained.test_losses + 0.1 * torch.randn(400, generator=generator)
+        return trained
+
+    monkeypatch.setattr(worker.Task, "train", lucky)
+    found = tune(toy(trials=2, check=3, search="lr=0.002:0.0020000001", pruner="none"))
+    assert found["verdict"][0].startswith("Improves on the defaults")
+    assert not found["verdict"][1].startswith("It holds")
+
+
+@pytest.mark.parametrize("which", ["best", "defaults"])
+def test_check_that_diverges_does_not_hold(
+    toy: Any, trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    diverging(monkeypatch, lambda params, seed: seed == 3 and is_default(params) == (which == "defaults"))
+    found = tune(toy(trials=2, check=3))
+    assert found["verdict"][1] == (
+        f"It does not hold with 3 other seeds: training diverged with the {which} settings and seed 3."
+    )
+    assert [(d["seed"], d["settings"]) for d in found["check"]["diverged"]] == [(3, which)]
+    assert found["check"]["valid_ppl"][1][which] is None
+    assert found["check"]["test"]["seeds"] == [2, 4]
+    assert json.loads((tmp_path / "out" / "best.json").read_text())["verdict"] == found["verdict"]
+    n_trained = len(trainings)
+    assert tune(toy(trials=2, check=3)) == found  # nor is it tried again
+    assert len(trainings) == n_trained
+
+
+def test_command_ends_normally_when_the_check_diverges(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that is not a number in a real training."""
+    evaluate = worker.Trainer.evaluate
+
+    def bad(self: Any, split: Any) -> float:
+        return math.nan if self.settings["seed"] == 2 else evaluate(self, split)
+
+    monkeypatch.setattr(worker.Trainer, "evaluate", bad)
+    argv = [f"--{n.replace('_', '-')}={getattr(toy(), n)}" for n in ("data", "out", *TOY)]
+    assert cli.main(["tune", *argv, "--trials=2", "--check=1"]) == 0
+    out, err = capsys.readouterr()
+    assert "It does not hold with 1 other seed: training diverged with the defaults settings and seed 2, with" in out
+    assert "--fresh" not in out + err
+    found = json.loads((tmp_path / "out" / "best.json").read_text())
+    assert found["check"]["valid_ppl"] == [{"seed": 2, "defaults": None, "best": None}]
+    assert found["check"]["test"] is None
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training takes ten seconds."""
+    train, now = worker.Task.train, 0.0
+
+    def slow(*args: Any, **options: Any) -> Any:
+        nonlocal now
+        trained = train(*args, **options)
+        now += 10
+        return trained
+
+    monkeypatch.setattr(worker.Task, "train", slow)
+    clock = SimpleNamespace(time=lambda: now, perf_counter=lambda: now)
+    monkeypatch.setattr(worker, "time", clock)
+    monkeypatch.setattr(search, "time", clock)
+
+
+def test_check_ends_with_the_time(toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked(monkeypatch)
+    found = tune(toy(trials=2, check=2, timeout="25s"))
+    assert [seed for _, seed in trainings] == [1, 1, 2]
+    assert found["check"] is None
+    assert found["verdict"][1] == (
+        "The best of many trials looks better than it is. The time was up before the check with other seeds was done: "
+        "the same command with a longer --timeout, or without, does it."
+    )
+    found = tune(toy(trials=2, check=2))
+    assert found["verdict"][1].startswith("It holds with 2 other seeds")
+    assert [seed for _, seed in trainings] == [1, 1, 2, 2, 3, 3]  # what was trained is kept
+    assert tune(toy(trials=2, check=2, timeout="0.0001s")) == found  # nor is a check lost that was done
+
+
+def test_check_of_a_search_that_time_ended(toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked(monkeypatch)
+    found = tune(toy(trials=9, check=2, timeout="15s"))
+    assert found["verdict"][1].endswith("does it; --trials 2 without --timeout checks at once.")
+    assert tune(toy(trials=2, check=2))["verdict"][1].startswith("It holds with 2 other seeds")
+    assert [seed for _, seed in trainings] == [1, 1, 2, 2, 3, 3]
+
+
+def test_no_check_is_said(toy: Any, trainings: Trainings) -> None:
+    assert tune(toy(trials=2))["verdict"][1].endswith("Other seeds were not tried: --check 3 does it.")
+
+
+def test_vocabulary_is_that_of_the_whole_text_which_is_read_once(
+    toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = toy(max_tokens=80, trials=1)
+    load, n_read = corpus.load, 0
+
+    def count(*args: Any, **options: Any) -> Any:
+        nonlocal n_read
+        n_read += 1
+        return load(*args, **options)
+
+    monkeypatch.setattr(corpus, "load", count)
+    found = tune(settings)
+    assert n_read == 1
+    whole = load(settings.data)
+    assert found["text"]["vocabulary"] == len(whole.words) > len(set(whole.train[:80].tolist())) + 2
+    assert found["text"]["tokens"]["train"] == 80

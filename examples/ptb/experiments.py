@@ -76,7 +76,7 @@ def _four(experiment: str, settings: dict[str, Any], seeds: range, **more: Any) 
 
 def _sixteenth() -> Iterator[Run]:
     """The small model on a sixteenth of the text: the four variants, and +REAL with one change at a time."""
-    base = PAPER | SIZES["small"] | {"epochs": 20, "decay_after": 8, "lr_decay": 0.75}
+    base = PAPER | SIZES["small"] | {"batch": 5, "epochs": 16, "decay_after": 6, "lr_decay": 0.75}
     for seed in range(1, 4):
         yield from _four("sixteenth", base, range(seed, seed + 1), fraction=1 / 16)
 
@@ -114,7 +114,7 @@ def experiments() -> dict[str, list[Run]]:
             for p in (0.3, 0.7)
         ],
         "sixteenth": list(_sixteenth()),
-        "quarter": _four("quarter", small | {"epochs": 15, "decay_after": 7}, range(1, 4), fraction=1 / 4),
+        "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, range(1, 4), fraction=1 / 4),
         "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 4),
         "help_texts": _four("help_texts", {"model": "transformer"}, range(1, 4), help_texts=True),
         "medium": _four("medium", PAPER | SIZES["medium"], range(1, 2)),

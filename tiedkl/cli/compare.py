@@ -133,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
 
     All but 2 leave reports of what was done.
     """
-    from ..compare.report import table
     from ..compare.runner import Interrupted, compare, report_paths
+    from ..compare.tables import table
     from ..compare.verdict import diverged
 
     names = {field.name for field in dataclasses.fields(Settings)}

@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the search: 0 when done, 2 for bad input, 130 after Ctrl-C (best.json then holds the best so far)."""
-    from ..compare.report import aligned
+    from ..compare.tables import aligned
     from ..tune.report import fair, table
     from ..tune.search import Interrupted, tune
 

@@ -6,8 +6,8 @@
 Needs the packages of the extras group `compare` (tqdm, matplotlib, jinja2).
 """
 
-from .report import table
 from .runner import Interrupted, compare
 from .settings import VARIANTS, CompareError, Settings, Variant
+from .tables import table
 
 __all__ = ["VARIANTS", "CompareError", "Interrupted", "Settings", "Variant", "compare", "table"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .evidence import SAYS
-from .report import Table, tables
+from .tables import Table, tables
 from .vocabulary import vocabulary
 
 

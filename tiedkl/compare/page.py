@@ -8,7 +8,7 @@ from .. import page
 from .evidence import SAYS
 from .per_variant import settings_table
 from .plots import COLOURS, changes, curve
-from .report import certainty, quality, size, speed
+from .tables import certainty, quality, size, speed
 from .vocabulary import vocabulary
 
 HINTS = {

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compare.markdown import rows as markdown_rows
-from ..compare.report import number
 from ..compare.settings import LOSS_OPTIONS, VARIANTS
 from ..compare.store import write_atomically
+from ..compare.tables import number
 from ..environment import finite
 from .settings import TuneSettings
 from .study import ABANDONED, BEST, DEFAULTS, DIVERGED, NOTE, REASON, TABLE, optuna

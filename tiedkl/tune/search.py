@@ -15,9 +15,9 @@ import torch
 
 from ..compare.evidence import Run, against
 from ..compare.lock import locked
-from ..compare.report import number
 from ..compare.settings import parse_duration
 from ..compare.store import Store
+from ..compare.tables import number
 from ..compare.training import Diverged
 from . import report
 from .settings import TuneSettings

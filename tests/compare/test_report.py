@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tiedkl.compare import compare, report
+from tiedkl.compare import compare, report, tables
 from tiedkl.compare.markdown import markdown
 from tiedkl.compare.page import render
 
@@ -86,7 +86,7 @@ def test_change_is_against_the_baseline() -> None:
 
 
 def test_table_marks_what_is_unfinished() -> None:
-    text = report.table(built(baseline=run(110.0, 100.0), al=run(9.0, None, status="partial"), re=None))
+    text = tables.table(built(baseline=run(110.0, 100.0), al=run(9.0, None, status="partial"), re=None))
     quality, size, speed = (part.split("\n") for part in text.split("\n\n"))
     for lines in (quality, size, speed):
         assert len({len(line) for line in lines}) == 1
@@ -105,7 +105,7 @@ def test_markdown_has_the_tables_verdict_and_limits(trained: tuple[dict[str, Any
     data = trained[0]
     text = (trained[1] / "report.md").read_text("utf-8")
     assert text == markdown(data)
-    for _, (columns, rows) in report.tables(data):
+    for _, (columns, rows) in tables.tables(data):
         assert f"| {' | '.join(columns)} |" in text
         for row in rows:
             assert f"| {' | '.join(row)} |" in text
@@ -163,7 +163,7 @@ def test_page_says_what_the_reader_needs(trained: tuple[dict[str, Any], Path]) -
     text = (trained[1] / "report.html").read_text("utf-8")
     for word in ("+REAL", "2 random seeds", "Validation perplexity", "parameters", trained[0]["corpus"]["sha256"]):
         assert word in text
-    for _, (_, rows) in report.tables(trained[0]):
+    for _, (_, rows) in tables.tables(trained[0]):
         for cell in (cell for cells in rows for cell in cells):
             assert cell.replace("<", "&lt;") in text
     for stage in trained[0]["checklist"]:

@@ -76,7 +76,7 @@ def _four(experiment: str, settings: dict[str, Any], seeds: range, **more: Any) 
 
 def _sixteenth() -> Iterator[Run]:
     """The small model on a sixteenth of the text: the four variants, and +REAL with one change at a time."""
-    base = PAPER | SIZES["small"] | {"batch": 5, "epochs": 16, "decay_after": 6, "lr_decay": 0.75}
+    base = PAPER | SIZES["small"] | {"batch": 5, "epochs": 10, "decay_after": 3, "lr_decay": 0.65}
     for seed in range(1, 4):
         yield from _four("sixteenth", base, range(seed, seed + 1), fraction=1 / 16)
 

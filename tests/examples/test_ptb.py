@@ -257,3 +257,8 @@ def test_figure_1_goes_on_and_is_shown(tmp_path: Path) -> None:
     distance = report["runs"]["beta=0"]["distance"]
     assert f"| 0 | {distance:.3f} | {distance:.3f} |" in page
     assert "τ = 10" in (tmp_path / "subspaces.svg").read_text()
+
+
+def test_the_committed_page_is_that_of_the_committed_figures(modules: Any) -> None:
+    results = FOLDER / "results"
+    assert modules["tables"].pages(results)["README.md"] == (results / "README.md").read_text("utf-8")

@@ -41,6 +41,7 @@ def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(0.5, 0.5 + max(points[-1][0] for points in series.values()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend(frameon=False)

@@ -50,8 +50,8 @@ SHORT = """\
 Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
 +RE and +REAL. Perplexities here are those of a shorter training than the paper's; what compares is the change."""
 FRACTIONS = """\
-The vocabulary is that of the whole text. Shorter texts had smaller batches and more epochs, and still fewer steps: where
-the best epoch is the last one, less of the text is also less training."""
+The vocabulary is that of the whole text. Shorter texts had smaller batches, and still fewer steps: where the best epoch
+is the last one, less of the text is also less training."""
 NOTES = {
     "small": SHORT,
     "sixteenth": """\

@@ -26,7 +26,7 @@ from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.settings import VARIANTS, CompareError
 from tiedkl.compare.statistics import over_text
 from tiedkl.compare.store import write_atomically
-from tiedkl.compare.training import Trainer
+from tiedkl.compare.training import Trainer, in_text_order
 from tiedkl.environment import stamp
 
 N_NEAR, N_TOP, CONTEXT = 10, 8, 12
@@ -58,14 +58,10 @@ def nearest(embedding: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(trainer: Trainer, function: Tensor, yardstick: Tensor) -> dict[str, Tensor]:
     """Per-token figures of the test text, each (n_tokens,) in the order of the text."""
-    model = trainer.model.eval()
+    model, split = trainer.model, trainer.data.test
     own = nearest(model.embedding.weight)
     columns: dict[str, list[Tensor]] = {}
-    inputs, targets = trainer.data.test
-    state = model.body.start(inputs.shape[1])
-    bptt = trainer.settings["bptt"]
-    for x, y in zip(inputs.split(bptt), targets.split(bptt), strict=True):
-        hidden, state = model(x, state, trainer.generator)
+    for hidden, y in trainer.windows(split):
         p = torch.nn.functional.linear(hidden, model.weight, model.bias).softmax(-1)
         ids = y.clamp(min=0)
         figures = {
@@ -77,8 +73,7 @@ def measure(trainer: Trainer, function: Tensor, yardstick: Tensor) -> dict[str, 
         }
         for name, values in figures.items():
             columns.setdefault(name, []).append(values)
-    keep = targets.T.reshape(-1) >= 0
-    return {name: torch.cat(parts).T.reshape(-1)[keep].cpu() for name, parts in columns.items()}
+    return {name: in_text_order(torch.cat(parts), split[1]).cpu() for name, parts in columns.items()}
 
 
 def summary(tokens: dict[str, Tensor], target: Tensor, function: Tensor) -> dict[str, Tensor]:
@@ -138,28 +133,29 @@ def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
 
 def trained(args: argparse.Namespace) -> tuple[dict[str, Trainer], Corpus]:
     """The trained variants, the baseline first, and their text."""
-    trainers, text = {}, None
-    for run in experiments()[args.experiment]:
+    trainers, runs = {}, experiments()[args.experiment]
+    text = text_of(runs[0], args)  # all runs of an experiment have the same
+    for run in runs:
         if run.seed != args.seed or run.label not in VARIANTS:
             continue
-        trainer, text = make_trainer(run, args), text_of(run, args)
+        trainer = make_trainer(run, text, args)
         resume(trainer, run, identity_of(run, text, settings_of(run, text, args)), args.runs)
         if not trainer.done:
             print(f"{run.name} has not been trained to its end in {args.runs}: left out", file=sys.stderr)
             continue
         trainer.model.load_state_dict(trainer.best["weights"])
         trainers[run.variant] = trainer
-    if text is None or "baseline" not in trainers:
+    if "baseline" not in trainers:
         raise CompareError(f"the baseline of {args.experiment}, seed {args.seed}, is missing: run.py trains it")
     return trainers, text
 
 
-def compare(trainers: dict[str, Trainer], function: Tensor) -> dict[str, dict[str, Any]]:
-    """Each variant's mean of every figure, and the interval of its difference to the baseline's."""
-    base = trainers["baseline"]
-    yardstick = nearest(base.model.embedding.weight)
-    target = base.data.test[1].T.reshape(-1)
-    target = target[target >= 0].cpu()
+def compare(trainers: dict[str, Trainer], target: Tensor, function: Tensor) -> dict[str, dict[str, Any]]:
+    """Each variant's mean of every figure, and the interval of its difference to the baseline's.
+
+    target: the test text (n_tokens,); function: ids of function words.
+    """
+    yardstick = nearest(trainers["baseline"].model.embedding.weight)
     figures: dict[str, dict[str, Any]] = {}
     first: dict[str, Tensor] = {}
     for name, trainer in trainers.items():
@@ -183,7 +179,7 @@ def main() -> int:
     trainers, text = trained(args)
     device = trainers["baseline"].device
     function = function_words(text.words).to(device)
-    figures = compare(trainers, function)
+    figures = compare(trainers, text.test, function)
     shares = [100 * float(torch.isin(text.test, ids.cpu()).double().mean()) for ids in (torch.tensor([UNK]), function)]
     about = (
         f"{args.experiment}, seed {args.seed} alone, {len(text.test):,} tokens of {text.name}; {shares[0]:.1f}% of "

@@ -69,17 +69,18 @@ def identity_of(run: Run, text: Corpus, settings: dict[str, Any]) -> dict[str, A
 
 
 def check(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
-    """Raise CompareError when two identities differ."""
+    """Raise CompareError when two identities differ; either may have more in it."""
     flat = [
-        i | (i.get("settings") or {}) | {"settings": None, "corpus": i.get("text"), "text": None} for i in (old, new)
+        {**i.get("settings", {}), "variant": i.get("variant"), "loss": i.get("loss"), "corpus": i.get("text")}
+        for i in (old, new)
     ]
     if what := differences(*flat):
         raise CompareError(f"{where} is of another run ({what}): move it away, or choose another --runs and --results")
 
 
-def make_trainer(run: Run, args: argparse.Namespace) -> Trainer:
+def make_trainer(run: Run, text: Corpus, args: argparse.Namespace) -> Trainer:
     """The trainer of a run, at its start."""
-    text, device = text_of(run, args), torch.device(args.device)
+    device = torch.device(args.device)
     settings = settings_of(run, text, args)
     data, variant = Data.of(text, settings["batch"], device), VARIANTS[run.variant]
     if not run.loss:
@@ -94,14 +95,12 @@ def make_trainer(run: Run, args: argparse.Namespace) -> Trainer:
     return AblatedTrainer(variant, settings, data, device, options=run.loss, vectors=vectors)
 
 
-def resume(trainer: Trainer, run: Run, identity: dict[str, Any], runs: Path) -> bool:
+def resume(trainer: Trainer, run: Run, identity: dict[str, Any], runs: Path) -> None:
     """Load the run's checkpoint where there is one."""
     state = Store(str(runs)).load(run.name, trainer.device)
-    if state is None:
-        return False
-    check(state.get("identity", {}), identity, f"the checkpoint {runs / run.name}.pt")
-    trainer.load_state_dict(state)
-    return True
+    if state is not None:
+        check(state.get("identity", {}), identity, f"the checkpoint {runs / run.name}.pt")
+        trainer.load_state_dict(state)
 
 
 def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline: float, parent: int) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # `main` blocked it: an interrupted import is a mess
     torch.set_num_threads(args.threads)
-    trainer, store = make_trainer(run, args), Store(str(args.runs))
+    trainer, store = make_trainer(run, text_of(run, args), args), Store(str(args.runs))
     resume(trainer, run, identity, args.runs)
 
     saved = time.monotonic()
@@ -193,7 +192,7 @@ def main() -> int:
     chosen, figures = chosen_runs(args), read(file)
     for run, identity in chosen:
         if run.name in figures:
-            check({k: figures[run.name].get(k) for k in identity}, identity, f"{run.name} in {file}")
+            check(figures[run.name], identity, f"{run.name} in {file}")
     todo = [pair for pair in chosen if figures.get(pair[0].name, {}).get("status") != "done"]
     print(f"{len(chosen) - len(todo)} of {len(chosen)} runs are done", flush=True)
     status, interrupts = 0, []

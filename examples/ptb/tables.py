@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import predictions
@@ -19,9 +19,10 @@ import torch
 from page import as_file, commit, markdown
 from run import read
 
-from tiedkl.compare.evidence import Run, adjust, against, mean_curves, perplexity_interval
+from tiedkl.compare.evidence import Run, adjust, against, mean_curves, perplexity_interval, surest
 from tiedkl.compare.plots import curve
 from tiedkl.compare.settings import VARIANTS
+from tiedkl.compare.tables import number, span
 from tiedkl.compare.verdict import LEVEL
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,14 +47,13 @@ losses by block. Perplexity is that of the epoch with the best validation, over 
 brackets the 95% interval: of a perplexity over seeds; of a change over seeds and the test text, or over the text alone
 where there is one seed (see docs/compare.md). * marks changes whose p-value is below 5% after Holm's correction for all
 of the table. Choices are made by validation, never by test."""
-SHORT = """\
-Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
-+RE and +REAL. Perplexities here are those of a shorter training than the paper's; what compares is the change."""
 FRACTIONS = """\
 The vocabulary is that of the whole text. Shorter texts had smaller batches, and still fewer steps: where the best epoch
 is the last one, less of the text is also less training."""
 NOTES = {
-    "small": SHORT,
+    "small": """\
+Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
++RE and +REAL. Perplexities here are those of a shorter training than the paper's; what compares is the change.""",
     "sixteenth": """\
 τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; two rows have γ/τ
 of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding, and
@@ -77,9 +77,9 @@ def perplexity(runs: list[Run], key: str) -> str:
     done = [run for run in runs if run.done]
     if not done:
         return "-"
-    mean = math.exp(math.fsum(math.log(run.result[key]) for run in done) / len(done))
+    mean = geometric_mean(run.result[key] for run in done)
     interval = perplexity_interval(runs) if key == "test_ppl" else None
-    return f"{mean:.2f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
+    return f"{mean:.2f}" + (f" ({span(interval, '.1f')})" if interval else "")
 
 
 def changes(runs: dict[str, list[Run]], control: str) -> dict[str, str]:
@@ -90,10 +90,9 @@ def changes(runs: dict[str, list[Run]], control: str) -> dict[str, str]:
     cells = {}
     for label, change in found.items():
         if change is not None:
-            sure = change["over_both"] or change["over_text"]
-            low, high = sure["percent"]
+            sure = surest(change)
             star = "*" if sure["p_holm"] < LEVEL else ""
-            cells[label] = f"{change['percent']:+.1f}%{star} ({low:+.1f} to {high:+.1f})"
+            cells[label] = f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')})"
     return cells
 
 
@@ -123,9 +122,9 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
             valid, test = published[label]
             row += [f"{valid:.1f}", f"{test:.1f}", f"{100 * (test / published[control][1] - 1):+.1f}%"]
         rows.append([*row, unfinished(of_label)])
-    if any(row[-1] != "-" for row in rows):
-        columns.append("unfinished")
-    return markdown(columns, rows)
+    if all(row[-1] == "-" for row in rows):
+        return markdown(columns, [row[:-1] for row in rows])
+    return markdown([*columns, "unfinished"], rows)
 
 
 def name_of(label: str) -> str:
@@ -133,12 +132,11 @@ def name_of(label: str) -> str:
     return VARIANTS[label].label if label in VARIANTS else f"`{label}`"
 
 
-def by_fraction(results: Path) -> list[str]:
+def by_fraction(found: dict[str, Figures]) -> list[str]:
     """The change of each variant by how much of the training text there was."""
     columns, rows = ["training text", "tokens", "baseline, test"], []
     for experiment, fraction in (("sixteenth", "1/16"), ("quarter", "1/4"), ("small", "all")):
-        file = results / f"{experiment}.json"
-        figures = read(file)
+        figures = found.get(experiment, {})
         runs = {label: r for label in VARIANTS if (r := runs_of(figures, label))}
         change = changes(runs, "baseline")
         if change:
@@ -151,13 +149,10 @@ def by_fraction(results: Path) -> list[str]:
 
 def readings(figures: Figures) -> str:
     """Validation perplexity after each epoch; the schedule ends too early for more."""
-    epochs = range(max(len(run["curves"]) for run in figures.values()))
-    columns = ["validation after epoch", *(str(k + 1) for k in epochs)]
-    rows = [
-        [f"`{run['label']}`", *(f"{row['valid_ppl']:.1f}" for row in run["curves"]), *["-"] * len(epochs)]
-        for run in figures.values()
-    ]
-    return markdown(columns, rows)
+    curves = {f"`{run['label']}`": [f"{row['valid_ppl']:.1f}" for row in run["curves"]] for run in figures.values()}
+    longest = max(map(len, curves.values()))
+    rows = [[label, *cells, *["-"] * (longest - len(cells))] for label, cells in curves.items()]
+    return markdown(["validation after epoch", *(str(k + 1) for k in range(longest))], rows)
 
 
 def source(experiment: str, figures: Figures) -> str:
@@ -210,13 +205,12 @@ def pages(results: Path) -> dict[str, str]:
     """File name -> content, of everything that has figures."""
     files: dict[str, str] = {}
     parts = ["# Results", ABOUT]
-    for experiment in TITLES:
-        figures = read(results / f"{experiment}.json")
-        if figures:
-            parts += parts_of(experiment, figures)
-            if any(run["label"] in VARIANTS for run in figures.values()):
-                files[f"{experiment}.svg"] = picture(experiment, figures)
-    parts += by_fraction(results)
+    found = {experiment: figures for experiment in TITLES if (figures := read(results / f"{experiment}.json"))}
+    for experiment, figures in found.items():
+        parts += parts_of(experiment, figures)
+        if any(run["label"] in VARIANTS for run in figures.values()):
+            files[f"{experiment}.svg"] = picture(experiment, figures)
+    parts += by_fraction(found)
     for module in (predictions, subspaces):
         file = results / f"{module.__name__}.json"
         if file.exists():

@@ -29,7 +29,7 @@ def checklist(report: dict[str, Any], settings: Settings) -> list[dict[str, Any]
     return [
         _small(report, v, settings),
         _real(report, v, settings, name),
-        _production(report, v),
+        _production(report, v, name),
     ]
 
 
@@ -106,11 +106,11 @@ def _kl(v: dict[str, Any]) -> str:
     return f"from {values[0]:.3g} to {values[-1]:.3g} nats a token" if values else "unrecorded"
 
 
-def _production(report: dict[str, Any], v: dict[str, Any]) -> dict[str, Any]:
-    config, n_vocab = of_variant(report["config"], _name(report, v)), report["corpus"]["vocabulary"]
+def _production(report: dict[str, Any], v: dict[str, Any], name: str) -> dict[str, Any]:
+    config, n_vocab = of_variant(report["config"], name), report["corpus"]["vocabulary"]
     eager = EAGER_MATRICES[v["augmented"]] * PRODUCTION_TOKENS * n_vocab * 4 / MIB
     alpha = f"temperature={config['temperature']:g}, gamma={config['gamma']:g}" if v["augmented"] else "alpha=0.0"
-    cost = report["cost"].get(_name(report, v), {})
+    cost = report["cost"].get(name, {})
     return {
         "stage": "Production",
         "seen": [
@@ -137,7 +137,3 @@ def _production(report: dict[str, Any], v: dict[str, Any]) -> dict[str, Any]:
         f"{eager:,.0f} MiB of logits and probabilities; tiedkl keeps its scratch within {BUDGET_MIB} MiB. "
         f"To use the model: {4 * v['parameters'] / MIB:,.1f} MiB of float32 parameters.",
     }
-
-
-def _name(report: dict[str, Any], v: dict[str, Any]) -> str:
-    return next(name for name, other in report["variants"].items() if other is v)

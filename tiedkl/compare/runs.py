@@ -31,7 +31,6 @@ class Runs:
         self.wanted = wanted
         self._grid = list(wanted)
         self._runs: dict[tuple[int, str], Run] = {}
-        self._memory: dict[str, dict[str, Any]] = {}
         self.steps_done = 0  # of all runs, when they were read
         for seed, variant in wanted:
             self._read(seed, variant)

@@ -203,7 +203,10 @@ def load_config(path: str | Path) -> dict[str, Any]:
     "variant" names the variant that the settings were searched for. Raises CompareError, with the reason, when it
     cannot be read or holds a setting that `Settings` does not have.
     """
-    content = _read_json(path)
+    return _settings_in(_read_json(path), path)
+
+
+def _settings_in(content: Any, path: str | Path) -> dict[str, Any]:
     values = content.get("settings", content) if isinstance(content, dict) else None
     if not isinstance(values, dict):
         raise CompareError(f"{path}: expected a JSON object of settings")
@@ -229,7 +232,8 @@ def load_loss_options(path: str | Path) -> dict[str, float]:
     What a `best.json` has under "loss": temperature and gamma, or alpha 0 for a variant without the augmented loss. For
     a file of settings alone, its temperature and gamma. Raises CompareError as `load_config` does.
     """
-    values, content = load_config(path), _read_json(path)
+    content = _read_json(path)
+    values = _settings_in(content, path)
     if "loss" not in content:
         return {name: values[name] for name in LOSS_OPTIONS if name in values}
     loss = content["loss"]

@@ -48,6 +48,11 @@ class Data:
         return cls(len(corpus.words), *pairs)  # type: ignore[arg-type]
 
 
+def in_text_order(values: Tensor, targets: Tensor) -> Tensor:
+    """Values (T, B) of a split's tokens as (n_tokens,) in the order of the text, padding left out."""
+    return values.T[targets.T >= 0]  # a column is consecutive text
+
+
 def perplexity(ce: float) -> float:
     """exp(ce); infinite where that overflows."""
     return math.exp(ce) if ce < 700 else math.inf
@@ -170,27 +175,25 @@ class Trainer:
         self.seconds += time.perf_counter() - began
 
     @torch.no_grad()
+    def windows(self, split: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states (T, B, D) and targets (T, B) of each window, without dropout, the state carried through."""
+        self.model.eval()
+        state, bptt = self.model.body.start(split[0].shape[1]), self.settings["bptt"]
+        for x, y in zip(*(part.split(bptt) for part in split), strict=True):
+            hidden, state = self.model(x, state, self.generator)
+            yield hidden, y
+
+    @torch.no_grad()
     def evaluate(self, split: tuple[Tensor, Tensor]) -> float:
         """Mean cross-entropy a token, in nats, without dropout, the state carried through the whole split."""
-        self.model.eval()
-        (inputs, targets), total = split, 0.0
-        state = self.model.body.start(inputs.shape[1])
-        for x, y in zip(inputs.split(self.settings["bptt"]), targets.split(self.settings["bptt"]), strict=True):
-            hidden, state = self.model(x, state, self.generator)
-            total += float(self.loss.cross_entropy(self.model, hidden, y))
-        return total / int((targets >= 0).sum())
+        total = sum(float(self.loss.cross_entropy(self.model, hidden, y)) for hidden, y in self.windows(split))
+        return total / int((split[1] >= 0).sum())
 
     @torch.no_grad()
     def token_losses(self, split: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy of each token of a split, float32 (n_tokens,) on the CPU, in the order of the text."""
-        self.model.eval()
-        inputs, targets = split
-        state, rows = self.model.body.start(inputs.shape[1]), []
-        for x, y in zip(inputs.split(self.settings["bptt"]), targets.split(self.settings["bptt"]), strict=True):
-            hidden, state = self.model(x, state, self.generator)
-            rows.append(self.loss.token_cross_entropy(self.model, hidden, y))
-        columns = torch.cat(rows).T.reshape(-1)  # a column is consecutive text
-        return columns[targets.T.reshape(-1) >= 0].float().cpu()
+        rows = [self.loss.token_cross_entropy(self.model, hidden, y) for hidden, y in self.windows(split)]
+        return in_text_order(torch.cat(rows), split[1]).float().cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint must hold; tensors, numbers, strings and containers only."""
@@ -201,7 +204,7 @@ class Trainer:
             **{name: getattr(self, name) for name in self._PLAIN},
         }
 
-    _PLAIN = (
+    _PLAIN: tuple[str, ...] = (
         "epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl", "test_losses",
         "diverged",
     )  # fmt: skip

@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compare.evidence import surest
 from ..compare.markdown import rows as markdown_rows
 from ..compare.settings import LOSS_OPTIONS, VARIANTS
 from ..compare.store import write_atomically
@@ -111,8 +112,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if check["diverged"]:
         where = ", ".join(f"with the {d['settings']} settings and seed {d['seed']}" for d in check["diverged"])
         return [first, f"It does not hold with {n} other seed{'' if n == 1 else 's'}: training diverged {where}."]
-    sure = test["over_both"] or test["over_text"]
-    low, high = sure["percent"]
+    low, high = surest(test)["percent"]
     better = sum(row["best"] < row["defaults"] for row in check["valid_ppl"])
     holds = "It holds" if high < 0 else "It does not hold" if low > 0 else "It is not proven"
     return [

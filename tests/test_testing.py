@@ -168,6 +168,12 @@ def test_suite_ratio_compares_with_eager() -> None:
     assert not ratio.broken
 
 
+@pytest.mark.parametrize(("cases", "errors"), [(3, 4.53), (6, 2.65), (30, 2.09), (1000, 2.00)])
+def test_a_suite_of_few_cases_is_less_sure(cases: int, errors: float) -> None:
+    assert not testing.Ratio(1 + 0.99 * errors * 0.01, 0.01, cases).broken
+    assert testing.Ratio(1 + 1.01 * errors * 0.01, 0.01, cases).broken
+
+
 def test_layouts_are_the_same_on_another_device() -> None:
     """A copy between devices makes strided and expanded tensors contiguous: there would be nothing to test there."""
     seen = set()

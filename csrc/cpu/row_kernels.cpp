@@ -1,8 +1,8 @@
 // Row kernels: softmax statistics of a block of logits, its divergence from the similarity rows, and its gradient in place.
 //
 // Reference: tiedkl/reference.py. Compiled once per instruction set with CPU_CAPABILITY set; dispatch.cpp picks one. A row is
-// walked in chunks that stay in the L1 cache; lanes are summed in float within a chunk and in double across chunks, in a fixed
-// order, so results do not depend on the thread count and are the same in every run.
+// walked in chunks that stay in the L1 cache; lanes are summed in float within a chunk, by pieces, and in double across chunks, in
+// a fixed order, so results do not depend on the thread count and are the same in every run.
 //
 //   statistics   read z:                  m, sum e^(z-m), sum e^((z-m)/tau), sum e^(z-m)(z-m)     2 exponentials
 //   gradient     read z, s, q, write G:   p = e^(z-max)/sum,  x = log r - log q,                  2 exponentials
@@ -57,16 +57,17 @@ void teacher_row(T* s, int64_t n, int64_t v0, int64_t self, const LossParams& p,
       if (p.target_grad) state.peak = v0 + c + (std::find(s + c, s + c + len, T(top)) - (s + c));
     }
     const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
-    Vec<T> sum{T(0)};
+    PieceSum<T> sum;
     const bool apart = inside && self >= c && self < c + len;
     const T saved = apart ? s[self] : T(0);
     if (apart) s[self] = std::numeric_limits<T>::lowest();
-    for_vectors<T>(len, [&](int64_t i, auto lanes) {
+    const auto body = [&](int64_t i, auto lanes) {
       const Vec<T> d = at::vec::clamp_min((load(s + c + i, lanes) - m) * it, floor);
-      sum = sum + keep(exp_bounded(d), T(0), lanes);
-    });
+      sum.add(keep(exp_bounded(d), T(0), lanes));
+    };
+    for_pieces<T>(len, body, [&] { sum.flush(); });
     if (apart) s[self] = saved;
-    state.sum += lane_sum(sum);
+    state.sum += sum.lane_sum();
   }
 }
 
@@ -87,11 +88,11 @@ template <typename T, bool kKL>
 void token_stats(T* z, int64_t n, int64_t skip, const LossParams& p, TokenState& state) {
   const T inv_t = T(1.0 / p.temperature);
   if (p.label_smoothing != 0.0) {
-    Vec<T> total{T(0)};
     for (int64_t c = 0; c < n; c += kChunk) {
-      total = Vec<T>(T(0));
-      for_vectors<T>(std::min(kChunk, n - c), [&](int64_t i, auto lanes) { total = total + keep(load(z + c + i, lanes), T(0), lanes); });
-      state.total += lane_sum(total);
+      PieceSum<T> total;
+      const auto body = [&](int64_t i, auto lanes) { total.add(keep(load(z + c + i, lanes), T(0), lanes)); };
+      for_pieces<T>(std::min(kChunk, n - c), body, [&] { total.flush(); });
+      state.total += total.lane_sum();
     }
   }
   const bool inside = skip >= 0 && skip < n;
@@ -105,17 +106,22 @@ void token_stats(T* z, int64_t n, int64_t skip, const LossParams& p, TokenState&
     const double top = row_max(z + c, len);
     if (top > state.m) rebase(state, top, inv_t);
     const Vec<T> m{T(state.m)}, it{inv_t}, floor{T(kFloor)};
-    Vec<T> sum{T(0)}, sum_t{T(0)}, weighted{T(0)};
-    for_vectors<T>(len, [&](int64_t i, auto lanes) {
+    PieceSum<T> sum, sum_t, weighted;
+    const auto body = [&](int64_t i, auto lanes) {
       const Vec<T> d = at::vec::clamp_min(load(z + c + i, lanes) - m, floor);
       const Vec<T> e = keep(exp_bounded(d), T(0), lanes);
-      sum = sum + e;
-      weighted = at::vec::fmadd(e, d, weighted);
-      if constexpr (kKL) sum_t = sum_t + keep(exp_bounded(at::vec::clamp_min((load(z + c + i, lanes) - m) * it, floor)), T(0), lanes);
+      sum.add(e);
+      weighted.add_product(e, d);
+      if constexpr (kKL) sum_t.add(keep(exp_bounded(at::vec::clamp_min((load(z + c + i, lanes) - m) * it, floor)), T(0), lanes));
+    };
+    for_pieces<T>(len, body, [&] {
+      sum.flush();
+      weighted.flush();
+      if constexpr (kKL) sum_t.flush();
     });
-    state.sum += lane_sum(sum);
-    state.weighted += lane_sum(weighted);
-    if constexpr (kKL) state.sum_t += lane_sum(sum_t);
+    state.sum += sum.lane_sum();
+    state.weighted += weighted.lane_sum();
+    if constexpr (kKL) state.sum_t += sum_t.lane_sum();
   }
   if (inside) z[skip] = saved;
 }
@@ -164,8 +170,8 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
     const int64_t len = std::min(kChunk, row.n - c);
     T *z = row.z + c, *a = row.a + c, *a_low = row.a_low + c;
     const T *s = row.s + c, *q = row.q + c;
-    Vec<T> kl_sum{T(0)}, spread{T(0)};
-    for_vectors<T>(len, [&](int64_t i, auto lanes) {
+    PieceSum<T> kl_sum, spread;
+    const auto body = [&](int64_t i, auto lanes) {
       const Vec<T> zi = load(z + i, lanes);
       Vec<T> r_minus_q{T(0)};
       if constexpr (kKL) {
@@ -192,10 +198,10 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
             store(term - (sum - old), a_low + i, lanes);
             store(sum, a + i, lanes);
           } else {
-            spread = at::vec::fmadd(qi.neg(), d, spread);
+            spread.add_product(qi.neg(), d);
           }
         }
-        kl_sum = kl_sum + excess;
+        kl_sum.add(excess);
       }
       if constexpr (kWrite) {
         const Vec<T> prob = exp_bounded(at::vec::clamp_min(zi - m, floor));
@@ -206,9 +212,17 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
         }
         store(grad, z + i, lanes);
       }
-    });
-    if constexpr (kKL) kl += lane_sum(kl_sum);
-    if constexpr (kTarget && !kWrite) token.spread += lane_sum(spread);
+    };
+    if constexpr (kKL) {
+      for_pieces<T>(len, body, [&] {
+        kl_sum.flush();
+        if constexpr (kTarget && !kWrite) spread.flush();
+      });
+      kl += kl_sum.lane_sum();
+      if constexpr (kTarget && !kWrite) token.spread += spread.lane_sum();
+    } else {
+      for_vectors<T>(len, body);
+    }
   }
   if constexpr (kKL) {
     if (inside) {
@@ -255,9 +269,10 @@ template <typename T>
 double dot(const T* x, const T* y, int64_t n) {
   double total = 0;
   for (int64_t c = 0; c < n; c += kChunk) {
-    Vec<T> sum{T(0)};
-    for_vectors<T>(std::min(kChunk, n - c), [&](int64_t i, auto lanes) { sum = at::vec::fmadd(load(x + c + i, lanes), load(y + c + i, lanes), sum); });
-    total += lane_sum(sum);
+    PieceSum<T> sum;
+    const auto body = [&](int64_t i, auto lanes) { sum.add_product(load(x + c + i, lanes), load(y + c + i, lanes)); };
+    for_pieces<T>(std::min(kChunk, n - c), body, [&] { sum.flush(); });
+    total += sum.lane_sum();
   }
   return total;
 }

@@ -37,6 +37,34 @@ inline void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// The same in pieces of sixteen vectors, with flush() after each: for sums, so that a lane adds up few terms before they are added
+// to the others. Equal terms, as equal rows of w give them, are rounded the same way every time, and that adds up too.
+template <typename T, typename Body, typename Flush>
+inline void for_pieces(int64_t n, const Body& body, const Flush& flush) {
+  constexpr int64_t W = Vec<T>::size(), kPiece = 16 * W;
+  int64_t i = 0;
+  while (n - i > kPiece) {
+    for (const int64_t end = i + kPiece; i < end; i += W) body(i, std::integral_constant<int, 0>{});
+    flush();
+  }
+  for (; i + W <= n; i += W) body(i, std::integral_constant<int, 0>{});
+  if (i < n) body(i, static_cast<int>(n - i));
+  flush();
+}
+
+// A running sum by pieces.
+template <typename T>
+struct PieceSum {
+  Vec<T> piece{T(0)}, whole{T(0)};
+  void add(const Vec<T>& x) { piece = piece + x; }
+  void add_product(const Vec<T>& x, const Vec<T>& y) { piece = at::vec::fmadd(x, y, piece); }
+  void flush() {
+    whole = whole + piece;
+    piece = Vec<T>(T(0));
+  }
+  double lane_sum() const { return CPU_CAPABILITY::lane_sum(whole); }
+};
+
 // A lane count that is zero at compile time means a whole vector.
 template <typename T>
 inline Vec<T> load(const T* p, std::integral_constant<int, 0>) {

@@ -265,24 +265,24 @@ void teacher_stats(const Tile<T>& t, const LossParams& p) {
   });
 }
 
+// In double: an error of the mean shifts a whole row of the target gradient one way.
 template <typename T>
 double dot(const T* x, const T* y, int64_t n) {
-  double total = 0;
-  for (int64_t c = 0; c < n; c += kChunk) {
-    PieceSum<T> sum;
-    const auto body = [&](int64_t i, auto lanes) { sum.add_product(load(x + c + i, lanes), load(y + c + i, lanes)); };
-    for_pieces<T>(std::min(kChunk, n - c), body, [&] { sum.flush(); });
-    total += sum.lane_sum();
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += double(x[i + j]) * double(y[i + j]);
   }
-  return total;
+  for (; i < n; ++i) sums[0] += double(x[i]) * double(y[i]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 // T_u over s: (alpha/tau) q_u (a - sum q_u a), a = sum_n g_n (delta_n - center_n). The sum is taken over the very deltas that were
 // added up (here, or in the divergence pass), so that T_u sums to zero whatever their rounding.
 template <typename T>
 void write_target_gradient(T* s, const T* q, const T* a, int64_t n, const LossParams& p, double mean) {
-  const Vec<T> k{T(mean)}, coef{T(p.alpha / p.temperature)};
-  for_vectors<T>(n, [&](int64_t i, auto lanes) { store(coef * load(q + i, lanes) * (load(a + i, lanes) - k), s + i, lanes); });
+  const Vec<T> k{T(mean)}, k_low{T(mean - double(T(mean)))}, coef{T(p.alpha / p.temperature)};
+  for_vectors<T>(n, [&](int64_t i, auto lanes) { store(coef * load(q + i, lanes) * ((load(a + i, lanes) - k) - k_low), s + i, lanes); });
 }
 
 template <typename T>

@@ -101,7 +101,8 @@ def unfinished(runs: list[Run]) -> str:
     parts = []
     for r in (run.result for run in runs if not run.done):
         best = f", validation {r['valid_ppl']:.2f}" if r["valid_ppl"] else ""
-        parts.append(f"seed {r['seed']}: epoch {r['epochs_done']:.1f} of {r['epochs_planned']}{best}")
+        diverged = "diverged in " if r["status"] == "diverged" else ""
+        parts.append(f"seed {r['seed']}: {diverged}epoch {r['epochs_done']:.1f} of {r['epochs_planned']}{best}")
     return "; ".join(parts) or "-"
 
 

@@ -33,14 +33,16 @@ from torch import Tensor
 
 from tiedkl.compare import corpus as corpora
 from tiedkl.compare.corpus import Corpus
+from tiedkl.compare.lock import locked
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
 from tiedkl.compare.statistics import block_length
 from tiedkl.compare.store import Store, differences, write_atomically
-from tiedkl.compare.training import Data, Trainer
+from tiedkl.compare.training import Data, Diverged, Trainer
 from tiedkl.environment import stamp
 
 HERE = Path(__file__).parent
 CHECKPOINT_SECONDS = 60.0
+ENDED = ("done", "diverged")
 
 
 def text_of(run: Run, args: argparse.Namespace) -> Corpus:
@@ -104,7 +106,17 @@ def resume(trainer: Trainer, run: Run, identity: dict[str, Any], runs: Path) -> 
 
 
 def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline: float, parent: int) -> dict[str, Any]:
-    """Continue a run until it is done, `deadline` (time.time), SIGINT, or the death of `parent`; its figures."""
+    """Continue a run until it has ended, `deadline` (time.time), SIGINT, or the death of `parent`; its figures.
+
+    Raises CompareError when another command trains it.
+    """
+    with locked(args.runs, f"{run.name}.lock", f"training of {run.name}", "--runs"):
+        return _train(run, args, identity, deadline, parent)
+
+
+def _train(
+    run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline: float, parent: int
+) -> dict[str, Any]:
     stopped: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # `main` blocked it: an interrupted import is a mess
@@ -113,16 +125,19 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
     resume(trainer, run, identity, args.runs)
 
     saved = time.monotonic()
-    for event in trainer.run():
-        stop = bool(stopped) or time.time() > deadline or os.getppid() != parent
-        if event == "epoch":
-            last = trainer.curves[-1]
-            print(f"{run.name}: epoch {last['epoch']}, validation {last['valid_ppl']:.2f}", flush=True)
-        if stop or event != "step" or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            store.save(run.name, trainer.state_dict() | {"identity": identity})
-            saved = time.monotonic()
-        if stop and event != "done":
-            break
+    try:
+        for event in trainer.run():
+            stop = bool(stopped) or time.time() > deadline or os.getppid() != parent
+            if event == "epoch":
+                last = trainer.curves[-1]
+                print(f"{run.name}: epoch {last['epoch']}, validation {last['valid_ppl']:.2f}", flush=True)
+            if stop or event != "step" or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                store.save(run.name, trainer.state_dict() | {"identity": identity})
+                saved = time.monotonic()
+            if stop and event != "done":
+                break
+    except Diverged as error:  # which is a result, and not trained again
+        print(f"{run.name}: {error}", flush=True)
     return {
         "experiment": run.experiment,
         "label": run.label,
@@ -193,7 +208,7 @@ def main() -> int:
     for run, identity in chosen:
         if run.name in figures:
             check(figures[run.name], identity, f"{run.name} in {file}")
-    todo = [pair for pair in chosen if figures.get(pair[0].name, {}).get("status") != "done"]
+    todo = [pair for pair in chosen if figures.get(pair[0].name, {}).get("status") not in ENDED]
     print(f"{len(chosen) - len(todo)} of {len(chosen)} runs are done", flush=True)
     status, interrupts = 0, []
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))  # the workers stop by themselves
@@ -212,7 +227,8 @@ def main() -> int:
                 try:
                     result = future.result()
                 except Exception as error:  # one run's failure must not end the others
-                    print(f"{run.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    kind = "" if isinstance(error, CompareError) else f"{type(error).__name__}: "
+                    print(f"{run.name}: {kind}{error}", file=sys.stderr, flush=True)
                     status = 1
                     continue
                 figures = read(file) | {run.name: result}  # another process may have written too
@@ -222,7 +238,7 @@ def main() -> int:
                     os.kill(worker.pid or 0, signal.SIGINT)
             time.sleep(0.2)
     figures = read(file)
-    left = sum(figures.get(run.name, {}).get("status") != "done" for run, _ in chosen)
+    left = sum(figures.get(run.name, {}).get("status") not in ENDED for run, _ in chosen)
     print(f"{left} of {len(chosen)} runs are left; the same command continues" if left else "all runs are done")
     return status
 

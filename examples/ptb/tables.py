@@ -101,14 +101,16 @@ def unfinished(runs: list[Run]) -> str:
     parts = []
     for r in (run.result for run in runs if not run.done):
         best = f", validation {r['valid_ppl']:.2f}" if r["valid_ppl"] else ""
-        parts.append(f"seed {r['seed']}: epoch {r['epochs_done']:.1f} of {r['epochs_planned']}{best}")
+        diverged = "diverged in " if r["status"] == "diverged" else ""
+        parts.append(f"seed {r['seed']}: {diverged}epoch {r['epochs_done']:.1f} of {r['epochs_planned']}{best}")
     return "; ".join(parts) or "-"
 
 
 def table(figures: Figures, control: str = "baseline", published: dict[str, tuple[float, float]] | None = None) -> str:
-    """One line a label, the control first."""
-    labels = [label for label in dict.fromkeys(run["label"] for run in figures.values()) if label != control]
-    runs = {label: runs_of(figures, label) for label in [control, *labels]}
+    """One line a label: the control, the paper's variants in its order, the others."""
+    found = dict.fromkeys(run["label"] for run in figures.values())  # in the order in which they were trained
+    labels = dict.fromkeys([control, *(label for label in VARIANTS if label in found), *found])
+    runs = {label: runs_of(figures, label) for label in labels}
     runs = {label: r for label, r in runs.items() if r}
     columns = ["", "parameters", "seeds", "best epoch", "validation", "test", f"change to {name_of(control)}"]
     columns += ["paper: validation", "test", "change"] if published else []

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from tiedkl.compare import CompareError, Settings
 from tiedkl.compare import corpus as compare_corpus
+from tiedkl.compare.lock import locked
 from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.statistics import over_text
 from tiedkl.compare.training import Data
@@ -110,6 +111,28 @@ def test_figures_and_checkpoints_of_another_run_are_refused(tmp_path: Path, modu
     ((chosen, identity),) = modules["run"].chosen_runs(args)
     with pytest.raises(CompareError, match=r"small-re-1\.pt is of another run"):
         modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
+
+
+def test_a_run_is_trained_by_one_command_at_a_time_and_a_diverged_one_once(
+    tmp_path: Path, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path)
+    command = ["small", "--smoke", "--seed", "1", "--only", "re", "--threads", "1", "--runs", folder]
+    command += ["--results", folder]
+    args = modules["run"].arguments(command)
+    ((chosen, identity),) = modules["run"].chosen_runs(args)
+    call = (chosen, args, identity, math.inf, os.getppid())
+    with (
+        locked(tmp_path, "small-re-1.lock", "x"),
+        pytest.raises(CompareError, match=r"another training of small-re-1 is at work there.*another --runs"),
+    ):
+        modules["run"].train(*call)
+    monkeypatch.setattr(modules["run"].Trainer, "evaluate", lambda self, split: math.nan)
+    figures = modules["run"].train(*call)
+    assert figures["status"] == "diverged"
+    (tmp_path / "small.json").write_text(json.dumps({chosen.name: figures}))
+    assert "1 of 1 runs are done" in run("run.py", *command), "nothing is left to train"
+    assert "| seed 1: diverged in epoch 1.0 of 1 |" in run("tables.py", "--results", folder)
 
 
 LOSSES = [

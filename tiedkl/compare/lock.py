@@ -12,8 +12,10 @@ from .settings import CompareError
 
 
 @contextmanager
-def locked(out: Path, name: str, command: str) -> Iterator[None]:
+def locked(out: Path, name: str, command: str, option: str = "--out") -> Iterator[None]:
     """Hold the directory `out` for `command`, by a lock on the file `name` in it, which stays there.
+
+    `option` is how a user chooses another directory.
 
     The directory is made where there is none. Raises CompareError when another process works there, or it cannot be
     used. The system drops the lock of a process that was killed.
@@ -28,7 +30,7 @@ def locked(out: Path, name: str, command: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CompareError(
-                f"{out}: another {command} is at work there; wait for it, or choose another --out"
+                f"{out}: another {command} is at work there; wait for it, or choose another {option}"
             ) from None
         yield
     finally:

@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -124,13 +123,14 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
 
 
 def compile_once(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[Any, int, int]:
-    """(compiled kernel, registers, bytes spilled); what ptxas says of it is read from the one run that compiling takes."""
+    """(compiled kernel, registers, bytes spilled), the last two as ptxas says in the one run that compiling takes."""
     with contextlib.redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=target, options=options)
     said = log.getvalue()
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
-    assert spills and registers, f"ptxas says nothing of registers and spills: {said!r}"
+    if not (spills and registers):
+        raise RuntimeError(f"ptxas says nothing of registers and spills: {said!r}")
     return compiled, int(registers[1]), int(spills[1]) + int(spills[2])
 
 

@@ -1,6 +1,7 @@
 """Compiles every kernel in every configuration of kernels/config.py for one architecture; one JSON line each.
 
 python tests/kernels/compile_all.py sm_90
+python tests/kernels/compile_all.py sm_90 1 3    every third, from the second on
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import triton
@@ -135,12 +137,12 @@ def compile_once(source: ASTSource, target: GPUTarget, options: dict[str, int]) 
 
 
 def main() -> None:
-    architecture = sys.argv[1]
+    architecture, first, step = sys.argv[1], *(int(x) for x in sys.argv[2:] or (0, 1))
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     triton.knobs.compilation.always_compile = True  # a cached kernel has no log
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.disable_line_info = True  # a third of the time; the code is the same
-    for kernel, dtype, tile, constants in configurations(architecture):
+    for kernel, dtype, tile, constants in islice(configurations(architecture), first, None, step):
         options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
         compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)
         print(

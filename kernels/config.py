@@ -39,7 +39,7 @@ TILES = {  # (architecture, bytes per element)
 }
 STORED = Tile(8, 128, 16, 8, 1)  # of products that are read from memory, a row to a warp; the depth is of no meaning
 INTERPRETER = Tile(256, 512, 128, 1, 1)  # an interpreted operation takes as long on a large tile as on a small one
-SMALL_ROWS = 128  # rows per program of the kernels that close the sums
+SMALL_ROWS = 64  # rows per program of the kernels that close the sums; at 128 ptxas spills on sm_100
 
 
 def tiles(architecture: str, element_size: int) -> tuple[Tile, Tile]:

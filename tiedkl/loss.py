@@ -91,7 +91,8 @@ class FusedTiedLoss(nn.Module):
     Source: arXiv 1611.01462, equations 3.1-3.5.
 
     Args:
-        temperature: tau > 0 of both distributions; the paper uses 10 to 20.
+        temperature: tau > 0 of both distributions; the paper uses 10 to 20. With tied embeddings and a `gamma` that
+            stays, small ones are a strong loss that can end training: docs/compare.md, "The defaults".
         gamma: the paper's weight, alpha = gamma * temperature; 0.5 to 0.8 on PTB, 1.0 to 1.5 on WikiText-2.
         alpha: weight of the KL term as is; overrides `gamma`. 0 is plain cross-entropy at the cost of cross-entropy.
         ignore_index: targets with this value contribute neither loss nor gradient.

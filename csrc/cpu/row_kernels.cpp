@@ -65,7 +65,7 @@ void teacher_row(T* s, int64_t n, int64_t v0, int64_t self, const LossParams& p,
       const Vec<T> d = at::vec::clamp_min((load(s + c + i, lanes) - m) * it, floor);
       sum.add(keep(exp_bounded(d), T(0), lanes));
     };
-    for_pieces<T>(len, body, [&] { sum.flush(); });
+    for_pieces<T>(len, body, sum);
     if (apart) s[self] = saved;
     state.sum += sum.lane_sum();
   }
@@ -91,7 +91,7 @@ void token_stats(T* z, int64_t n, int64_t skip, const LossParams& p, TokenState&
     for (int64_t c = 0; c < n; c += kChunk) {
       PieceSum<T> total;
       const auto body = [&](int64_t i, auto lanes) { total.add(keep(load(z + c + i, lanes), T(0), lanes)); };
-      for_pieces<T>(std::min(kChunk, n - c), body, [&] { total.flush(); });
+      for_pieces<T>(std::min(kChunk, n - c), body, total);
       state.total += total.lane_sum();
     }
   }
@@ -114,11 +114,7 @@ void token_stats(T* z, int64_t n, int64_t skip, const LossParams& p, TokenState&
       weighted.add_product(e, d);
       if constexpr (kKL) sum_t.add(keep(exp_bounded(at::vec::clamp_min((load(z + c + i, lanes) - m) * it, floor)), T(0), lanes));
     };
-    for_pieces<T>(len, body, [&] {
-      sum.flush();
-      weighted.flush();
-      if constexpr (kKL) sum_t.flush();
-    });
+    for_pieces<T>(len, body, sum, sum_t, weighted);
     state.sum += sum.lane_sum();
     state.weighted += weighted.lane_sum();
     if constexpr (kKL) state.sum_t += sum_t.lane_sum();
@@ -213,16 +209,9 @@ void gradient_row(const GradientRow<T>& row, const LossParams& p, const TeacherS
         store(grad, z + i, lanes);
       }
     };
-    if constexpr (kKL) {
-      for_pieces<T>(len, body, [&] {
-        kl_sum.flush();
-        if constexpr (kTarget && !kWrite) spread.flush();
-      });
-      kl += kl_sum.lane_sum();
-      if constexpr (kTarget && !kWrite) token.spread += spread.lane_sum();
-    } else {
-      for_vectors<T>(len, body);
-    }
+    for_pieces<T>(len, body, kl_sum, spread);
+    if constexpr (kKL) kl += kl_sum.lane_sum();
+    if constexpr (kTarget && !kWrite) token.spread += spread.lane_sum();
   }
   if constexpr (kKL) {
     if (inside) {

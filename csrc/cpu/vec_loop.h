@@ -37,22 +37,8 @@ inline void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
-// The same in pieces of sixteen vectors, with flush() after each: for sums, so that a lane adds up few terms before they are added
-// to the others. Equal terms, as equal rows of w give them, are rounded the same way every time, and that adds up too.
-template <typename T, typename Body, typename Flush>
-inline void for_pieces(int64_t n, const Body& body, const Flush& flush) {
-  constexpr int64_t W = Vec<T>::size(), kPiece = 16 * W;
-  int64_t i = 0;
-  while (n - i > kPiece) {
-    for (const int64_t end = i + kPiece; i < end; i += W) body(i, std::integral_constant<int, 0>{});
-    flush();
-  }
-  for (; i + W <= n; i += W) body(i, std::integral_constant<int, 0>{});
-  if (i < n) body(i, static_cast<int>(n - i));
-  flush();
-}
-
-// A running sum by pieces.
+// A running sum whose lanes add up few terms before those are added to the others. Equal terms, as equal rows of w give them, are
+// rounded the same way every time, and that adds up too.
 template <typename T>
 struct PieceSum {
   Vec<T> piece{T(0)}, whole{T(0)};
@@ -64,6 +50,16 @@ struct PieceSum {
   }
   double lane_sum() const { return CPU_CAPABILITY::lane_sum(whole); }
 };
+
+// for_vectors in pieces of sixteen vectors, after each of which the sums are flushed.
+template <typename T, typename Body, typename... Sums>
+inline void for_pieces(int64_t n, const Body& body, Sums&... sums) {
+  constexpr int64_t kPiece = 16 * Vec<T>::size();
+  for (int64_t c = 0; c < n; c += kPiece) {
+    for_vectors<T>(std::min(kPiece, n - c), [&](int64_t i, auto lanes) { body(c + i, lanes); });
+    (sums.flush(), ...);
+  }
+}
 
 // A lane count that is zero at compile time means a whole vector.
 template <typename T>

@@ -32,12 +32,14 @@ from experiments import Run, experiments
 from torch import Tensor
 
 from tiedkl.compare import corpus as corpora
+from tiedkl.compare import runner
 from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.lock import locked
+from tiedkl.compare.progress import Progress
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
 from tiedkl.compare.statistics import block_length
 from tiedkl.compare.store import Store, differences, write_atomically
-from tiedkl.compare.training import Data, Diverged, Trainer
+from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
 
 HERE = Path(__file__).parent
@@ -105,39 +107,43 @@ def resume(trainer: Trainer, run: Run, identity: dict[str, Any], runs: Path) -> 
         trainer.load_state_dict(state)
 
 
+class Lines(Progress):
+    """A line an epoch on standard output instead of a bar: several runs share a terminal."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(0, 0, quiet=True)
+        self.name = name
+
+    def epoch(self, label: str, row: dict[str, Any], epochs: int) -> None:
+        """What an epoch gave."""
+        self.say(f"epoch {row['epoch']}, validation {row['valid_ppl']:.2f}")
+
+    def say(self, text: str) -> None:
+        """A line with the run's name before it."""
+        print(f"{self.name}: {text}", flush=True)
+
+
 def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline: float, parent: int) -> dict[str, Any]:
     """Continue a run until it has ended, `deadline` (time.time), SIGINT, or the death of `parent`; its figures.
 
     Raises CompareError when another command trains it.
     """
-    with locked(args.runs, f"{run.name}.lock", f"training of {run.name}", "--runs"):
-        return _train(run, args, identity, deadline, parent)
-
-
-def _train(
-    run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline: float, parent: int
-) -> dict[str, Any]:
     stopped: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # `main` blocked it: an interrupted import is a mess
     torch.set_num_threads(args.threads)
-    trainer, store = make_trainer(run, text_of(run, args), args), Store(str(args.runs))
-    resume(trainer, run, identity, args.runs)
+    store = Store(str(args.runs))
 
-    saved = time.monotonic()
-    try:
-        for event in trainer.run():
-            stop = bool(stopped) or time.time() > deadline or os.getppid() != parent
-            if event == "epoch":
-                last = trainer.curves[-1]
-                print(f"{run.name}: epoch {last['epoch']}, validation {last['valid_ppl']:.2f}", flush=True)
-            if stop or event != "step" or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                store.save(run.name, trainer.state_dict() | {"identity": identity})
-                saved = time.monotonic()
-            if stop and event != "done":
-                break
-    except Diverged as error:  # which is a result, and not trained again
-        print(f"{run.name}: {error}", flush=True)
+    def save(state: dict[str, Any]) -> None:
+        store.save(run.name, state | {"identity": identity})
+
+    def should_stop() -> bool:
+        return bool(stopped) or time.time() > deadline or os.getppid() != parent
+
+    with locked(args.runs, f"{run.name}.lock", f"training of {run.name}", "--runs"):
+        trainer = make_trainer(run, text_of(run, args), args)
+        resume(trainer, run, identity, args.runs)
+        runner.train(trainer, run.name, save, Lines(run.name), CHECKPOINT_SECONDS, should_stop)
     return {
         "experiment": run.experiment,
         "label": run.label,

@@ -47,7 +47,7 @@ def test_the_others_are_trained_and_reported(toy: Any, tmp_path: Path, monkeypat
     assert said in markdown(report)
     assert "+REAL with seed 1 in epoch 2" in (tmp_path / "out" / "report.html").read_text()
 
-    monkeypatch.setattr(runner, "_train", None)  # nothing is trained again
+    monkeypatch.setattr(runner, "train", None)  # nothing is trained again
     assert numbers(compare(settings)) == numbers(report)
 
 

@@ -126,7 +126,7 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
                 trainer, name = runs.trainer(seed, variant), runs.name(seed, variant)
                 label = variant.label if n_seeds == 1 else f"{variant.label} seed {seed}"
                 save = partial(store.save, name)
-                finished = _train(trainer, label, save, progress, settings.checkpoint_every, should_stop)
+                finished = train(trainer, label, save, progress, settings.checkpoint_every, should_stop)
                 runs.note(trainer)
                 if not finished:
                     raise Interrupted(runs.report(settings, facts, plan))
@@ -182,7 +182,7 @@ def check_length(tokens: dict[str, int], batch: int, bptt: int) -> None:
             )
 
 
-def _train(
+def train(
     trainer: Trainer,
     label: str,
     save: Callable[[dict[str, Any]], None],

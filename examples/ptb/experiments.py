@@ -74,9 +74,13 @@ def _four(experiment: str, settings: dict[str, Any], seeds: range, **more: Any) 
     return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in VARIANTS]
 
 
+SIXTEENTH = PAPER | SIZES["small"] | {"batch": 5, "epochs": 10, "decay_after": 3, "lr_decay": 0.65}
+LONG = SIXTEENTH | {name: PAPER[name] for name in ("epochs", "lr_decay", "decay_after")}  # goes on until it overfits
+
+
 def _sixteenth() -> Iterator[Run]:
-    """The small model on a sixteenth of the text: the four variants, and +REAL with one change at a time."""
-    base = PAPER | SIZES["small"] | {"batch": 5, "epochs": 10, "decay_after": 3, "lr_decay": 0.65}
+    """The small model on a sixteenth of the text: the four variants, and the others with one change at a time."""
+    base = SIXTEENTH
     for seed in range(1, 4):
         yield from _four("sixteenth", base, range(seed, seed + 1), fraction=1 / 16)
 
@@ -94,6 +98,9 @@ def _sixteenth() -> Iterator[Run]:
             yield run(f"gamma={gamma:g}", gamma=gamma)
         for tau, gamma in ((10.0, 0.25), (40.0, 1.0)):  # gamma / tau as in the control: as strong, near the limit
             yield run(f"tau={tau:g},gamma={gamma:g}", temperature=tau, gamma=gamma)
+        for tau in (2.0, 5.0):
+            yield run(f"al,tau={tau:g}", "al", temperature=tau)
+        yield run("al,gamma=4", "al", gamma=4.0)
         yield run("tau 40 to 10", loss={"temperatures": [40.0, 10.0]})
         yield run("tau 10 to 40", loss={"temperatures": [10.0, 40.0]})
         yield run("no bias", tied_bias=False)
@@ -114,6 +121,7 @@ def experiments() -> dict[str, list[Run]]:
             for p in (0.3, 0.7)
         ],
         "sixteenth": list(_sixteenth()),
+        "long": _four("long", LONG, range(1, 4), fraction=1 / 16),
         "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, range(1, 4), fraction=1 / 4),
         "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 4),
         "help_texts": _four("help_texts", {"model": "transformer"}, range(1, 4), help_texts=True),

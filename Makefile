@@ -19,7 +19,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 BIN := $(abspath $(VENV))/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; pip would compile everything, which takes longer than the rest of an installation.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitize
 
@@ -48,29 +49,29 @@ help:
 $(VENV)/.torch-stamp:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "tiedkl needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)" "setuptools>=77" wheel ninja
-	[[ -z "$(TRITON)" || "$$(uname -sm)" != "Linux x86_64" ]] || $(PIP) install "$(TRITON)"
+	$(INSTALL) "$(TORCH)" "setuptools>=77" wheel ninja
+	[[ -z "$(TRITON)" || "$$(uname -sm)" != "Linux x86_64" ]] || $(INSTALL) "$(TRITON)"
 	@touch $@
 
 # The library, in place: Python files need no reinstall, native ones and the metadata do.
 $(VENV)/.install-stamp: $(VENV)/.torch-stamp $(NATIVE_SOURCES)
-	$(PIP) install --no-build-isolation -e ".[compare,test]"
-	@compgen -G "tiedkl/_C*.so" >/dev/null || echo "note: tiedkl._C is not built; '$(PIP) install -v --no-build-isolation -e .' shows why"
+	$(INSTALL) --no-build-isolation -e ".[compare,test]"
+	@compgen -G "tiedkl/_C*.so" >/dev/null || echo "note: tiedkl._C is not built; '$(INSTALL) -v --no-build-isolation -e .' shows why"
 	@touch $@
 
-# What the tests use beyond the library itself: the frameworks it integrates with. pip finds tiedkl installed.
+# What the tests use beyond the library itself: the frameworks it integrates with, and what the older transformers
+# asks of them. pip finds tiedkl installed.
 $(VENV)/.test-stamp: $(VENV)/.install-stamp
-	$(PIP) install "$(TORCH)" "tiedkl[integrations,tune]"
+	$(INSTALL) "$(TORCH)" "tiedkl[integrations,tune]" requests httpx
 	@touch $@
 
 # transformers' older major version with what it needs in other versions, in a folder in front of the environment's own.
-$(VENV)/.old-transformers-stamp: $(VENV)/.test-stamp
-	$(PIP) install requests httpx
-	$(PIP) install --no-deps --target $(VENV)/old-transformers "$(OLD_TRANSFORMERS)" "huggingface-hub<1" "tokenizers<0.23" "datasets<4.5"
+$(VENV)/.old-transformers-stamp: $(VENV)/.torch-stamp
+	$(INSTALL) --no-deps --target $(VENV)/old-transformers "$(OLD_TRANSFORMERS)" "huggingface-hub<1" "tokenizers<0.23" "datasets<4.5"
 	@touch $@
 
 $(VENV)/.lint-stamp: $(VENV)/.install-stamp
-	$(PIP) install ruff mypy types-tqdm
+	$(INSTALL) ruff mypy types-tqdm
 	@touch $@
 
 demo: $(VENV)/.install-stamp
@@ -80,7 +81,7 @@ demo: $(VENV)/.install-stamp
 test: $(VENV)/.test-stamp
 	$(BIN)/pytest $(TEST_ARGS)
 
-test-old-transformers: $(VENV)/.old-transformers-stamp
+test-old-transformers: $(VENV)/.test-stamp $(VENV)/.old-transformers-stamp
 	PYTHONPATH="$(abspath $(VENV))/old-transformers" $(BIN)/pytest tests/integrations/test_transformers.py tests/integrations/test_trainer.py $(TEST_ARGS)
 
 lint: $(VENV)/.lint-stamp
@@ -99,7 +100,7 @@ gpu:
 sanitize: $(VENV)/.install-stamp
 	rm -rf $(SANITIZED) build/lib* build/bdist*
 	TIEDKL_SANITIZE=address,undefined TIEDKL_FORCE_BUILD=1 \
-	    $(PIP) install --no-build-isolation --no-deps --target $(SANITIZED) .
+	    $(INSTALL) --no-build-isolation --no-deps --target $(SANITIZED) .
 	rm -rf build/lib* build/bdist*
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))"; \

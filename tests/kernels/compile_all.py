@@ -60,12 +60,13 @@ def options(names: str, *chosen: str) -> list[dict[str, bool]]:
     return [{name: name in some.split() for name in names.split()} for some in chosen]
 
 
-# The usual ones and those with most to do first: they are compiled in every dtype, the rest in one.
+# The one with most to do first, and the usual one: they are compiled in every dtype, the rest in one. Where D is no
+# multiple of the tile's depth, and for tf32, the first alone.
 TOKEN_OPTIONS = options(
-    "HAS_BIAS SOFTCAP SMOOTHING KL", "KL", "HAS_BIAS SOFTCAP SMOOTHING KL", "", "HAS_BIAS", "SOFTCAP KL", "SMOOTHING KL"
+    "HAS_BIAS SOFTCAP SMOOTHING KL", "HAS_BIAS SOFTCAP SMOOTHING KL", "KL", "", "HAS_BIAS", "SOFTCAP KL", "SMOOTHING KL"
 )
 GRADIENT_OPTIONS = options(
-    "HAS_BIAS SOFTCAP KL SUM_KL WRITE TARGET", "KL SUM_KL WRITE", "HAS_BIAS SOFTCAP KL WRITE TARGET", "WRITE",
+    "HAS_BIAS SOFTCAP KL SUM_KL WRITE TARGET", "HAS_BIAS SOFTCAP KL WRITE TARGET", "KL SUM_KL WRITE", "WRITE",
     "HAS_BIAS SOFTCAP WRITE", "KL SUM_KL", "HAS_BIAS SOFTCAP KL SUM_KL", "HAS_BIAS SOFTCAP KL SUM_KL WRITE",
     "KL WRITE TARGET",
 )  # fmt: skip
@@ -112,15 +113,16 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
                         "BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": even,
                         "PRECISION": precision,
                     }  # fmt: skip
+                    n_options = 1 if not even or precision == "tf32" else None if dtype == "bf16" else 2
                     if first == 0:
                         yield stats.target_stats_kernel, dtype, tile, {**product, "STORED": False}
-                        for some in TOKEN_OPTIONS if even and dtype == "bf16" else TOKEN_OPTIONS[:2]:
+                        for some in TOKEN_OPTIONS[:n_options]:
                             yield stats.token_stats_kernel, dtype, tile, {**product, **some, "STORED": False}
                     else:
                         yield grads.similarity_kernel, dtype, tile, product
                         for one, inner in (("stride_left", True), ("stride_left_k", False)):
                             yield products.counted_product_kernel, dtype, tile, {**product, "INNER": inner, one: 1}
-                        for some in GRADIENT_OPTIONS if even and dtype == "bf16" else GRADIENT_OPTIONS[:2]:
+                        for some in GRADIENT_OPTIONS[:n_options]:
                             yield grads.gradient_kernel, dtype, tile, {**product, **some, "STORED": False}
 
 

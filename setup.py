@@ -176,6 +176,7 @@ def cpu_flags() -> tuple[list[str], list[str]]:
     compile_flags = [
         "-std=c++20" if version >= (2, 13) else "-std=c++17",
         "-O3",
+        "-g0",  # Python's own flags ask for debug information, half the time of a build
         "-fno-math-errno",
         "-fno-trapping-math",
         FP_CONTRACT,

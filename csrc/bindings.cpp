@@ -1,6 +1,4 @@
 // The pybind11 module, nothing else.
-#include <torch/extension.h>
-
 #include "arguments.h"
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_f32.h"

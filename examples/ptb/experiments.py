@@ -40,7 +40,7 @@ TRANSFORMER: dict[str, Any] = {
     "layers": 2,
     "hidden": 256,
     "dropout": 0.3,
-    "batch": 20,
+    "batch": 5,
     "bptt": 64,
     "lr": 1e-3,
     "lr_decay": 0.7,
@@ -100,7 +100,8 @@ def _sixteenth() -> Iterator[Run]:
             yield run(f"tau={tau:g},gamma={gamma:g}", temperature=tau, gamma=gamma)
         for tau in (2.0, 5.0):
             yield run(f"al,tau={tau:g}", "al", temperature=tau)
-        yield run("al,gamma=4", "al", gamma=4.0)
+        for gamma in (4.0, 16.0):
+            yield run(f"al,gamma={gamma:g}", "al", gamma=gamma)
         yield run("tau 40 to 10", loss={"temperatures": [40.0, 10.0]})
         yield run("tau 10 to 40", loss={"temperatures": [10.0, 40.0]})
         yield run("no bias", tied_bias=False)
@@ -123,7 +124,7 @@ def experiments() -> dict[str, list[Run]]:
         "sixteenth": list(_sixteenth()),
         "long": _four("long", LONG, range(1, 4), fraction=1 / 16),
         "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, range(1, 4), fraction=1 / 4),
-        "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 4),
+        "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 16),
         "help_texts": _four("help_texts", {"model": "transformer"}, range(1, 4), help_texts=True),
         "medium": _four("medium", PAPER | SIZES["medium"], range(1, 2)),
         "large": _four("large", PAPER | SIZES["large"], range(1, 2)),

@@ -152,12 +152,17 @@ def by_fraction(found: dict[str, Figures]) -> list[str]:
     return ["## By amount of training text", markdown(columns, rows), FRACTIONS] if rows else []
 
 
-def readings(figures: Figures) -> str:
-    """Validation perplexity after each epoch; the schedule ends too early for more."""
-    curves = {f"`{run['label']}`": [f"{row['valid_ppl']:.1f}" for row in run["curves"]] for run in figures.values()}
-    longest = max(map(len, curves.values()))
-    rows = [[label, *cells, *["-"] * (longest - len(cells))] for label, cells in curves.items()]
-    return markdown(["validation after epoch", *(str(k + 1) for k in range(longest))], rows)
+def by_epoch(figures: Figures) -> str:
+    """Validation perplexity after each epoch, of many epochs after some: means over the seeds."""
+    labels = dict.fromkeys(run["label"] for run in figures.values())
+    curves = {label: [run.result["curves"] for run in runs_of(figures, label)] for label in labels}
+    longest = max(len(curve) for of_label in curves.values() for curve in of_label)
+    epochs = range(1, longest + 1) if longest <= 10 else [1, 2, 5, *range(10, longest + 1, 10)]
+    rows = []
+    for label, of_label in curves.items():
+        there = [[curve[epoch - 1]["valid_ppl"] for curve in of_label if len(curve) >= epoch] for epoch in epochs]
+        rows.append([name_of(label), *(f"{geometric_mean(found):.1f}" if found else "-" for found in there)])
+    return markdown(["validation after epoch", *map(str, epochs)], rows)
 
 
 def source(experiment: str, figures: Figures) -> str:
@@ -186,8 +191,8 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     yield f"## {TITLES[experiment]}"
     if experiment in NOTES:
         yield NOTES[experiment]
-    if experiment == "readings":
-        yield readings(figures)
+    if experiment in ("readings", "long"):
+        yield by_epoch(figures)
     four = {name: run for name, run in figures.items() if run["label"] in VARIANTS}
     if four:
         yield table(four, published=PUBLISHED.get(experiment))

@@ -94,7 +94,7 @@ def _sixteenth() -> Iterator[Run]:
         yield run("target_grad", loss={"target_grad": True})
         for tau in (2.0, 5.0, 10.0, 40.0):
             yield run(f"tau={tau:g}", temperature=tau)
-        for gamma in (0.25, 1.0, 2.0, 4.0):
+        for gamma in (0.25, 1.0, 2.0, 4.0, 16.0):
             yield run(f"gamma={gamma:g}", gamma=gamma)
         for tau, gamma in ((10.0, 0.25), (40.0, 1.0)):  # gamma / tau as in the control: as strong, near the limit
             yield run(f"tau={tau:g},gamma={gamma:g}", temperature=tau, gamma=gamma)

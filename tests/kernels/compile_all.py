@@ -1,7 +1,6 @@
-"""Compiles every kernel in every configuration of kernels/config.py for one architecture; one JSON line each.
+"""Compiles every kernel in every configuration of kernels/config.py, on all processors; one JSON line each.
 
-python tests/kernels/compile_all.py sm_90
-python tests/kernels/compile_all.py sm_90 1 3    every third, from the second on
+python tests/kernels/compile_all.py sm_80 sm_90 sm_100
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import re
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import triton
@@ -138,24 +137,28 @@ def compile_once(source: ASTSource, target: GPUTarget, options: dict[str, int]) 
     return compiled, int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-def main() -> None:
-    architecture, first, step = sys.argv[1], *(int(x) for x in sys.argv[2:] or (0, 1))
+def compile_at(architecture: str, index: int) -> str:
+    """The line of one configuration."""
+    kernel, dtype, tile, constants = list(configurations(architecture))[index]
+    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     target = GPUTarget("cuda", int(architecture[3:]), 32)
+    compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)
+    return json.dumps({
+        "architecture": architecture, "kernel": kernel.__name__, "dtype": dtype, "tile": tile, "constants": constants,
+        "registers": registers, "spills": spills, "shared": compiled.metadata.shared,
+        "narrow_stores": len(NARROW_STORE.findall(compiled.asm["ptx"])),
+        "instructions": [x for x in INSTRUCTIONS if x in compiled.asm["ptx"]],
+    })  # fmt: skip
+
+
+def main() -> None:
     triton.knobs.compilation.always_compile = True  # a cached kernel has no log
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.disable_line_info = True  # a third of the time; the code is the same
-    for kernel, dtype, tile, constants in islice(configurations(architecture), first, None, step):
-        options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)
-        print(
-            json.dumps({
-                "kernel": kernel.__name__, "dtype": dtype, "tile": tile, "constants": constants,
-                "registers": registers, "spills": spills, "shared": compiled.metadata.shared,
-                "narrow_stores": len(NARROW_STORE.findall(compiled.asm["ptx"])),
-                "instructions": [x for x in INSTRUCTIONS if x in compiled.asm["ptx"]],
-            }),
-            flush=True,
-        )  # fmt: skip
+    todo = [(a, i) for a in sys.argv[1:] for i, _ in enumerate(configurations(a))]
+    with multiprocessing.get_context("fork").Pool() as pool:  # what is imported is imported once
+        for line in pool.starmap(compile_at, todo, chunksize=1):
+            print(line)
 
 
 if __name__ == "__main__":

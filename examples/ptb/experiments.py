@@ -111,6 +111,15 @@ def _sixteenth() -> Iterator[Run]:
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 
 
+def _help_texts() -> Iterator[Run]:
+    """A comparison as `tiedkl compare` makes it without arguments, and with a stronger loss."""
+    settings = {"model": "transformer"}
+    for seed in range(1, 4):
+        yield from _four("help_texts", settings, range(seed, seed + 1), help_texts=True)
+        for label, variant in (("al,gamma=4", "al"), ("gamma=4", "real")):
+            yield Run("help_texts", label, variant, seed, settings | {"gamma": 4.0}, help_texts=True)
+
+
 def experiments() -> dict[str, list[Run]]:
     """Every experiment by name, its runs in the order in which they are trained."""
     small = PAPER | SIZES["small"]
@@ -125,7 +134,7 @@ def experiments() -> dict[str, list[Run]]:
         "long": _four("long", LONG, range(1, 4), fraction=1 / 16),
         "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, range(1, 4), fraction=1 / 4),
         "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 16),
-        "help_texts": _four("help_texts", {"model": "transformer"}, range(1, 4), help_texts=True),
+        "help_texts": list(_help_texts()),
         "medium": _four("medium", PAPER | SIZES["medium"], range(1, 2)),
         "large": _four("large", PAPER | SIZES["large"], range(1, 2)),
     }

@@ -197,12 +197,11 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     if four:
         yield table(four, published=PUBLISHED.get(experiment))
         yield f"![Validation perplexity]({experiment}.svg)"
-    if experiment == "sixteenth":
-        for control in ("real", "al", "re"):
-            kept = {n: r for n, r in figures.items() if r["label"] == control or changed_from(r["label"]) == control}
-            if len({run["label"] for run in kept.values()}) > 1:
-                yield f"{name_of(control)} with one change at a time:"
-                yield table(kept, control)
+    for control in ("real", "al", "re") if four else ():
+        kept = {n: r for n, r in figures.items() if r["label"] == control or changed_from(r["label"]) == control}
+        if len({run["label"] for run in kept.values()}) > 1:
+            yield f"{name_of(control)} with one change at a time:"
+            yield table(kept, control)
     yield source(experiment, figures)
 
 

@@ -9,7 +9,7 @@ The small model departs from it in two things, see `SIZES`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "medium": {"hidden": 650, "dropout": 0.5, "clip": 5.0},
     "large": {"hidden": 1500, "dropout": 0.65, "clip": 6.0, "lr_decay": 0.97, "decay_after": 1, "epochs": 80},
 }
+SIXTEENTH = PAPER | SIZES["small"] | {"batch": 5, "epochs": 10, "decay_after": 3, "lr_decay": 0.65}
+LONG = SIXTEENTH | {name: PAPER[name] for name in ("epochs", "lr_decay", "decay_after")}  # goes on until it overfits
 TRANSFORMER: dict[str, Any] = {
     "model": "transformer",
     "layers": 2,
@@ -50,6 +52,7 @@ TRANSFORMER: dict[str, Any] = {
     "temperature": 20.0,
     "gamma": 0.5,
 }
+SEEDS = range(1, 4)
 
 
 @dataclass(frozen=True)
@@ -70,24 +73,19 @@ class Run:
         return f"{self.experiment}-{self.label}-{self.seed}"
 
 
-def _four(experiment: str, settings: dict[str, Any], seeds: range, **more: Any) -> list[Run]:
+def _four(experiment: str, settings: dict[str, Any], seeds: Iterable[int] = SEEDS, **more: Any) -> list[Run]:
     return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in VARIANTS]
-
-
-SIXTEENTH = PAPER | SIZES["small"] | {"batch": 5, "epochs": 10, "decay_after": 3, "lr_decay": 0.65}
-LONG = SIXTEENTH | {name: PAPER[name] for name in ("epochs", "lr_decay", "decay_after")}  # goes on until it overfits
 
 
 def _sixteenth() -> Iterator[Run]:
     """The small model on a sixteenth of the text: the four variants, and the others with one change at a time."""
-    base = SIXTEENTH
-    for seed in range(1, 4):
-        yield from _four("sixteenth", base, range(seed, seed + 1), fraction=1 / 16)
+    for seed in SEEDS:
+        yield from _four("sixteenth", SIXTEENTH, [seed], fraction=1 / 16)
 
         def run(
             label: str, variant: str = "real", seed: int = seed, loss: dict[str, Any] | None = None, **settings: Any
         ) -> Run:
-            return Run("sixteenth", label, variant, seed, base | settings, fraction=1 / 16, loss=loss or {})
+            return Run("sixteenth", label, variant, seed, SIXTEENTH | settings, fraction=1 / 16, loss=loss or {})
 
         for smoothing in (0.05, 0.1):
             yield run(f"re,smoothing={smoothing}", "re", loss={"label_smoothing": smoothing})
@@ -114,8 +112,8 @@ def _sixteenth() -> Iterator[Run]:
 def _help_texts() -> Iterator[Run]:
     """A comparison as `tiedkl compare` makes it without arguments, and with a stronger loss."""
     settings = {"model": "transformer"}
-    for seed in range(1, 4):
-        yield from _four("help_texts", settings, range(seed, seed + 1), help_texts=True)
+    for seed in SEEDS:
+        yield from _four("help_texts", settings, [seed], help_texts=True)
         for label, variant in (("al,gamma=4", "al"), ("gamma=4", "real")):
             yield Run("help_texts", label, variant, seed, settings | {"gamma": 4.0}, help_texts=True)
 
@@ -124,17 +122,17 @@ def experiments() -> dict[str, list[Run]]:
     """Every experiment by name, its runs in the order in which they are trained."""
     small = PAPER | SIZES["small"]
     return {
-        "small": _four("small", small, range(1, 4)),
+        "small": _four("small", small),
         "readings": [  # of the dropout figure 0.7: a probability of keeping, or of dropping
             Run("readings", f"{v},dropout={p:g}", v, 1, small | {"dropout": p, "epochs": 4}, fraction=1 / 4)
             for v in ("baseline", "real")
             for p in (0.3, 0.7)
         ],
         "sixteenth": list(_sixteenth()),
-        "long": _four("long", LONG, range(1, 4), fraction=1 / 16),
-        "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, range(1, 4), fraction=1 / 4),
-        "transformer": _four("transformer", TRANSFORMER, range(1, 4), fraction=1 / 16),
+        "long": _four("long", LONG, fraction=1 / 16),
+        "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, fraction=1 / 4),
+        "transformer": _four("transformer", TRANSFORMER, fraction=1 / 16),
         "help_texts": list(_help_texts()),
-        "medium": _four("medium", PAPER | SIZES["medium"], range(1, 2)),
-        "large": _four("large", PAPER | SIZES["large"], range(1, 2)),
+        "medium": _four("medium", PAPER | SIZES["medium"], [1]),
+        "large": _four("large", PAPER | SIZES["large"], [1]),
     }

@@ -198,17 +198,11 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
         yield table(four, published=PUBLISHED.get(experiment))
         yield f"![Validation perplexity]({experiment}.svg)"
     for control in ("real", "al", "re") if four else ():
-        kept = {n: r for n, r in figures.items() if r["label"] == control or changed_from(r["label"]) == control}
+        kept = {name: run for name, run in figures.items() if run["variant"] == control}
         if len({run["label"] for run in kept.values()}) > 1:
             yield f"{name_of(control)} with one change at a time:"
             yield table(kept, control)
     yield source(experiment, figures)
-
-
-def changed_from(label: str) -> str:
-    """The variant that an ablation changes."""
-    before = label.split(",")[0]
-    return "" if label in VARIANTS else before if before in VARIANTS else "real"
 
 
 def pages(results: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import triton
@@ -139,7 +140,7 @@ def compile_once(source: ASTSource, target: GPUTarget, options: dict[str, int]) 
 
 def compile_at(architecture: str, index: int) -> str:
     """The line of one configuration."""
-    kernel, dtype, tile, constants = list(configurations(architecture))[index]
+    kernel, dtype, tile, constants = next(islice(configurations(architecture), index, None))
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)

@@ -35,6 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "medium": {"hidden": 650, "dropout": 0.5, "clip": 5.0},
     "large": {"hidden": 1500, "dropout": 0.65, "clip": 6.0, "lr_decay": 0.97, "decay_after": 1, "epochs": 80},
 }
+QUARTER = PAPER | SIZES["small"] | {"batch": 10, "epochs": 14, "decay_after": 6}
 SIXTEENTH = PAPER | SIZES["small"] | {"batch": 5, "epochs": 10, "decay_after": 3, "lr_decay": 0.65}
 LONG = SIXTEENTH | {name: PAPER[name] for name in ("epochs", "lr_decay", "decay_after")}  # goes on until it overfits
 TRANSFORMER: dict[str, Any] = {
@@ -109,13 +110,12 @@ def _sixteenth() -> Iterator[Run]:
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 
 
-def _help_texts() -> Iterator[Run]:
-    """A comparison as `tiedkl compare` makes it without arguments, and with a stronger loss."""
-    settings = {"model": "transformer"}
+def _and_stronger(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
+    """The four variants, and both losses with eight times the published strength; a seed after another."""
     for seed in SEEDS:
-        yield from _four("help_texts", settings, [seed], help_texts=True)
+        yield from _four(experiment, settings, [seed], **more)
         for label, variant in (("al,gamma=4", "al"), ("gamma=4", "real")):
-            yield Run("help_texts", label, variant, seed, settings | {"gamma": 4.0}, help_texts=True)
+            yield Run(experiment, label, variant, seed, settings | {"gamma": 4.0}, **more)
 
 
 def experiments() -> dict[str, list[Run]]:
@@ -130,9 +130,10 @@ def experiments() -> dict[str, list[Run]]:
         ],
         "sixteenth": list(_sixteenth()),
         "long": _four("long", LONG, fraction=1 / 16),
-        "quarter": _four("quarter", small | {"batch": 10, "epochs": 14, "decay_after": 6}, fraction=1 / 4),
+        "quarter": list(_and_stronger("quarter", QUARTER, fraction=1 / 4)),
         "transformer": _four("transformer", TRANSFORMER, fraction=1 / 16),
-        "help_texts": list(_help_texts()),
+        # as `tiedkl compare` trains without arguments
+        "help_texts": list(_and_stronger("help_texts", {"model": "transformer"}, help_texts=True)),
         "medium": _four("medium", PAPER | SIZES["medium"], [1]),
         "large": _four("large", PAPER | SIZES["large"], [1]),
     }

@@ -19,7 +19,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 BIN := $(abspath $(VENV))/bin
-# Python compiles what it imports; pip would compile everything, which takes longer than the rest of an installation.
+# Python compiles what it imports, and keeps it unless told not to; pip would compile everything, which takes longer than
+# the rest of an installation.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitize

@@ -91,12 +91,11 @@ def _sixteenth() -> Iterator[Run]:
         for smoothing in (0.05, 0.1):
             yield run(f"re,smoothing={smoothing}", "re", loss={"label_smoothing": smoothing})
         yield run("target_grad", loss={"target_grad": True})
-        for tau in (2.0, 5.0, 10.0, 40.0):
+        for tau in (5.0, 10.0, 40.0):
             yield run(f"tau={tau:g}", temperature=tau)
-        for gamma in (0.25, 1.0, 2.0, 4.0, 16.0):
+        for gamma in (1.0, 2.0, 4.0, 16.0):
             yield run(f"gamma={gamma:g}", gamma=gamma)
-        for tau, gamma in ((10.0, 0.25), (40.0, 1.0)):  # gamma / tau as in the control: as strong, near the limit
-            yield run(f"tau={tau:g},gamma={gamma:g}", temperature=tau, gamma=gamma)
+        yield run("tau=40,gamma=1", temperature=40.0, gamma=1.0)  # gamma / tau as in the control, nearer the limit
         for tau in (2.0, 5.0):
             yield run(f"al,tau={tau:g}", "al", temperature=tau)
         for gamma in (4.0, 16.0):
@@ -106,7 +105,6 @@ def _sixteenth() -> Iterator[Run]:
         yield run("no bias", tied_bias=False)
         yield run("re,no bias", "re", tied_bias=False)
         yield run("average", loss={"similarity": "average"})
-        yield run("frozen, same text", loss={"similarity": "frozen", "vectors": "sixteenth"})
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -15,6 +16,14 @@ def commit(stamp: dict[str, Any]) -> str:
     """The first digits of the commit that was measured, with + where files had changed."""
     full = str(stamp["git_commit"])
     return full[:7] + "+" * full.endswith("+")
+
+
+def source(command: str, stamps: Iterable[dict[str, Any]]) -> str:
+    """Command, machines, versions and commits of figures, of which each has a stamp (`tiedkl.environment.stamp`)."""
+    stamps = list(stamps)
+    machines = sorted({f"{s['cpu'] if s['device'] == 'cpu' else s['device']}, torch {s['torch']}" for s in stamps})
+    commits = sorted({commit(s) for s in stamps})
+    return f"`python examples/ptb/{command} --data DIR`; {'; '.join(machines)}; commit {', '.join(commits)}."
 
 
 def as_file(svg: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from experiments import experiments
-from page import commit, markdown
+from page import markdown, source
 from run import add_text_options, identity_of, make_trainer, resume, settings_of, text_of
 from torch import Tensor
 
@@ -126,8 +126,8 @@ def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
         "## What the variants predict",
         markdown(["mean probability on the test text", *labels], rows),
         f"{found['about']}\nIn brackets the 95% interval of the difference to the first column, in points, over the "
-        "text.\n"
-        f"`python examples/ptb/predictions.py --data DIR`; commit {commit(found['stamp'])}.",
+        "text.",
+        source("predictions.py", [found["stamp"]]),
     ], {}
 
 

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from ablated import AblatedTrainer
 from experiments import Run, experiments
-from torch import Tensor
 
 from tiedkl.compare import corpus as corpora
 from tiedkl.compare import runner
@@ -37,7 +36,7 @@ from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.lock import locked
 from tiedkl.compare.progress import Progress
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
-from tiedkl.compare.statistics import block_length
+from tiedkl.compare.statistics import block_means
 from tiedkl.compare.store import Store, differences, write_atomically
 from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
@@ -144,6 +143,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         trainer = make_trainer(run, text_of(run, args), args)
         resume(trainer, run, identity, args.runs)
         runner.train(trainer, run.name, save, Lines(run.name), CHECKPOINT_SECONDS, should_stop)
+    losses = trainer.test_losses
     return {
         "experiment": run.experiment,
         "label": run.label,
@@ -151,15 +151,10 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         "fraction": run.fraction,
         **identity,
         "stamp": stamp(trainer.device),
-        "test_blocks": None if trainer.test_losses is None else block_means(trainer.test_losses),
+        # enough for a bootstrap of the text
+        "test_blocks": None if losses is None else [round(x, 5) for x in block_means(losses).tolist()],
         **trainer.result(),
     }
-
-
-def block_means(losses: Tensor) -> list[float]:
-    """Means of per-token losses over consecutive blocks of nearly equal length: enough for a bootstrap of the text."""
-    parts = losses.double().tensor_split(len(losses) // block_length(len(losses)))
-    return [round(float(part.mean()), 5) for part in parts]
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -206,6 +201,9 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    runner.pick_device(args.device)
+    if args.jobs < 1 or args.threads < 1:
+        raise CompareError(f"jobs={args.jobs}, threads={args.threads}: expected at least 1 of each")
     deadline = time.time() + 60 * args.minutes
     args.runs.mkdir(parents=True, exist_ok=True)
     args.results.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from page import commit, markdown
+from page import markdown, source
 from torch import Tensor, nn
 
 import tiedkl
@@ -114,8 +114,8 @@ def section(report: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
         "||W - L L⁺W|| / ||W||, L fixed, W 0 at first; "
         f"{s['words']:,} words, {s['vocabulary']:,} distinct, {s['hidden']} units, "
         f"{s['epochs']} epochs; spaces drawn at\nrandom are {s['random']:.3f} apart. "
-        "The paper: near 1 at β = 0, about 0.06 at β = 1 and τ = 10.\n"
-        f"`python examples/ptb/subspaces.py --data DIR`; commit {commit(report['stamp'])}.",
+        "The paper: near 1 at β = 0, about 0.06 at β = 1 and τ = 10.",
+        source("subspaces.py", [report["stamp"]]),
     ], {"subspaces.svg": figure("subspaces", title, paint)}
 
 

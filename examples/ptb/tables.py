@@ -16,14 +16,16 @@ from typing import Any
 import predictions
 import subspaces
 import torch
-from page import as_file, commit, markdown
+from matplotlib.ticker import FixedLocator, ScalarFormatter
+from page import as_file, markdown, source
 from run import read
 
 from tiedkl.compare.evidence import Run, adjust, against, mean_curves, perplexity_interval, surest
-from tiedkl.compare.plots import curve
+from tiedkl.compare.plots import COLOURS, curve
 from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.tables import number, span
 from tiedkl.compare.verdict import LEVEL
+from tiedkl.page import figure
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al. (2017), Table 1
@@ -48,26 +50,28 @@ ABOUT = """\
 Written by `python examples/ptb/tables.py` from the JSON files beside it, which hold settings, seeds, curves and test
 losses by block. Perplexity is that of the epoch with the best validation, over several seeds the geometric mean. In
 brackets the 95% interval: of a perplexity over seeds; of a change over seeds and the test text, or over the text alone
-where there is one seed (see docs/compare.md). * marks changes whose p-value is below 5% after Holm's correction for all
-of the table. Choices are made by validation, never by test."""
+where there is one seed, which says nothing of other seeds (see docs/compare.md). * marks changes of two seeds or more
+whose p-value is below 5% after Holm's correction for all of the table. Choices are made by validation, never by
+test."""
 FRACTIONS = """\
 The vocabulary is that of the whole text. Shorter texts had smaller batches, and still fewer steps: where the best epoch
 is the last one, less of the text is also less training."""
 NOTES = {
     "small": """\
 Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
-+RE and +REAL. Perplexities here are those of a shorter training than the paper's; what compares is the change.""",
++RE and +REAL. Perplexities here are those of a shorter training than the paper's; only the changes are comparable.""",
     "published": """\
 As the paper, with the schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. No
 output bias in +RE and +REAL.""",
     "sixteenth": """\
-τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; two rows have γ/τ
-of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding, and
-the embedding of a finished +RE on the same or on the whole text.""",
+τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; `tau=40,gamma=1`
+has γ/τ of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding,
+and the embedding of a finished +RE that has seen all of the text, sixteen times as much as the others here.""",
     "long": """\
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth.""",
     "readings": "On a quarter of the training text, four epochs at the full rate.",
 }
+CONTROLS = ("real", "al", "re")
 Figures = dict[str, Any]  # of the runs of one experiment, by name
 
 
@@ -90,18 +94,22 @@ def perplexity(runs: list[Run], key: str) -> str:
     return f"{mean:.2f}" + (f" ({span(interval, '.1f')})" if interval else "")
 
 
-def changes(runs: dict[str, list[Run]], control: str) -> dict[str, str]:
-    """Of the test perplexity against the control, with the 95% interval; * where Holm's p-value is below 5%."""
-    found = {label: against(runs[control], r, block=1) for label, r in runs.items() if control in runs}
+def changes(runs: dict[str, list[Run]], control: str) -> dict[str, dict[str, Any]]:
+    """What is known of each label's change of the test loss against the control (`evidence.against`), Holm's p too."""
+    found = {label: against(runs[control], r, means=True) for label, r in runs.items() if control in runs}
     found.pop(control, None)
     adjust(found)
-    cells = {}
-    for label, change in found.items():
-        if change is not None:
-            sure = surest(change)
-            star = "*" if sure["p_holm"] < LEVEL else ""
-            cells[label] = f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')})"
-    return cells
+    return {label: change for label, change in found.items() if change is not None}
+
+
+def in_words(change: dict[str, Any] | None, n_seeds: int) -> str:
+    """A change in per cent with its interval; * where it is sure, and how many of `n_seeds` seeds have a pair."""
+    if change is None:
+        return "-"
+    sure, pairs = surest(change), len(change["seeds"])
+    star = "*" if pairs > 1 and sure["p_holm"] < LEVEL else ""
+    of = "" if pairs == n_seeds else f", {pairs} of {n_seeds} seeds"
+    return f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')}{of})"
 
 
 def unfinished(runs: list[Run]) -> str:
@@ -127,7 +135,8 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
         done = [run for run in of_label if run.done]
         row = [name_of(label), f"{of_label[0].result['parameters']:,}", str(len(done))]
         row.append("/".join(str(run.result["best_epoch"]) for run in done) or "-")
-        row += [perplexity(of_label, "valid_ppl"), perplexity(of_label, "test_ppl"), change.get(label, "-")]
+        row += [perplexity(of_label, "valid_ppl"), perplexity(of_label, "test_ppl")]
+        row.append(in_words(change.get(label), len(done)))
         if published:
             valid, test = published[label]
             row += [f"{valid:.1f}", f"{test:.1f}", f"{100 * (test / published[control][1] - 1):+.1f}%"]
@@ -151,7 +160,8 @@ def by_fraction(found: dict[str, Figures]) -> list[str]:
         change = changes(runs, "baseline")
         if change:
             tokens = next(iter(figures.values()))["text"]["tokens"]["train"]
-            cells = [change.get(label, "-") for label in VARIANTS if label != "baseline"]
+            n_seeds = {label: sum(run.done for run in of_label) for label, of_label in runs.items()}
+            cells = [in_words(change.get(label), n_seeds.get(label, 0)) for label in VARIANTS if label != "baseline"]
             rows.append([fraction, f"{tokens:,}", perplexity(runs["baseline"], "test_ppl"), *cells])
     columns += [variant.label for name, variant in VARIANTS.items() if name != "baseline"]
     return ["## By amount of training text", markdown(columns, rows), FRACTIONS] if rows else []
@@ -170,15 +180,6 @@ def by_epoch(figures: Figures) -> str:
     return markdown(["validation after epoch", *map(str, epochs)], rows)
 
 
-def source(experiment: str, figures: Figures) -> str:
-    """Command, machine, versions, commits."""
-    stamps = [run["stamp"] for run in figures.values()]
-    commits = sorted({commit(s) for s in stamps})
-    machines = sorted({f"{s['cpu'] if s['device'] == 'cpu' else s['device']}, torch {s['torch']}" for s in stamps})
-    command = f"`python examples/ptb/run.py {experiment} --data DIR`"
-    return f"{command}; {'; '.join(machines)}; commit {', '.join(commits)}."
-
-
 def picture(experiment: str, figures: Figures) -> str:
     """Validation perplexity by epoch of the four variants, an SVG file."""
     report = {
@@ -189,6 +190,31 @@ def picture(experiment: str, figures: Figures) -> str:
         }
     }
     return curve(report, "valid_ppl", TITLES[experiment], "validation perplexity", log=True)
+
+
+def with_one_change(figures: Figures, control: str) -> Figures:
+    """The runs of a variant under all its labels; none where it has only its own."""
+    kept = {name: run for name, run in figures.items() if run["variant"] == control}
+    return kept if len({run["label"] for run in kept.values()}) > 1 else {}
+
+
+def picture_of_changes(figures: Figures, control: str) -> str:
+    """The change of test perplexity of each label against its control with the interval, an SVG file."""
+    labels = dict.fromkeys(run["label"] for run in figures.values())
+    found = list(changes({label: runs_of(figures, label) for label in labels}, control).items())[::-1]
+
+    def paint(axes: Any) -> None:
+        for k, (_, change) in enumerate(found):
+            axes.plot(surest(change)["percent"], [k, k], color=COLOURS[control], linewidth=3, alpha=0.5)
+            axes.plot([change["percent"]], [k], color=COLOURS[control], marker="o", markersize=5)
+        axes.axvline(0.0, color="#1d2329", linewidth=1)
+        axes.set_yticks(range(len(found)), [label for label, _ in found], fontsize=8)
+        axes.set_xscale("symlog", linthresh=5.0)
+        axes.xaxis.set_major_locator(FixedLocator([-10, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 10, 20]))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("change of test perplexity, %")
+
+    return figure(f"{control}-changes", f"{name_of(control)} with one change at a time", paint)
 
 
 def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
@@ -202,12 +228,13 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     if four:
         yield table(four, published=PUBLISHED.get(experiment))
         yield f"![Validation perplexity]({experiment}.svg)"
-    for control in ("real", "al", "re") if four else ():
-        kept = {name: run for name, run in figures.items() if run["variant"] == control}
-        if len({run["label"] for run in kept.values()}) > 1:
+    for control in CONTROLS if four else ():
+        if kept := with_one_change(figures, control):
             yield f"{name_of(control)} with one change at a time:"
             yield table(kept, control)
-    yield source(experiment, figures)
+            if experiment == "sixteenth":
+                yield f"![Change of test perplexity]({experiment}-{control}.svg)"
+    yield source(f"run.py {experiment}", (run["stamp"] for run in figures.values()))
 
 
 def pages(results: Path) -> dict[str, str]:
@@ -219,6 +246,9 @@ def pages(results: Path) -> dict[str, str]:
         parts += parts_of(experiment, figures)
         if any(run["label"] in VARIANTS for run in figures.values()):
             files[f"{experiment}.svg"] = picture(experiment, figures)
+    for control in CONTROLS:
+        if kept := with_one_change(found.get("sixteenth", {}), control):
+            files[f"sixteenth-{control}.svg"] = picture_of_changes(kept, control)
     parts += by_fraction(found)
     for module in (predictions, subspaces):
         file = results / f"{module.__name__}.json"

@@ -42,9 +42,14 @@ def run(
     return Run(seed, found, losses)
 
 
-def built(n_seeds: int = 1, request: Settings | None = None, **runs: Run | list[Run] | None) -> dict[str, Any]:
-    """The report of runs, one a variant or a list; `n_seeds` were planned."""
-    corpus = {
+def built(
+    n_seeds: int = 1,
+    request: Settings | None = None,
+    corpus: dict[str, Any] | None = None,
+    **runs: Run | list[Run] | None,
+) -> dict[str, Any]:
+    """The report of runs, one a variant or a list; `n_seeds` were planned; `corpus` replaces some of its facts."""
+    facts = {
         "name": "<b>toy</b>",
         "split": "blocks",
         "vocabulary": 50,
@@ -52,11 +57,11 @@ def built(n_seeds: int = 1, request: Settings | None = None, **runs: Run | list[
         "oov_rate": {"train": 0.01, "valid": 0.02, "test": 0.03},
         "unknown_words": [["<i>odd</i>", 3]],
         "vocabulary_facts": {},
-    }
+    } | (corpus or {})
     config = {"model": "lstm", "layers": 2, "hidden": 8, "epochs": 3, "temperature": 20.0, "gamma": 0.5,
               "seeds": list(range(1, n_seeds + 1))}  # fmt: skip
     lists = {name: r if isinstance(r, list) else [] if r is None else [r] for name, r in runs.items()}
-    return report.build(config, corpus, {"torch": "2"}, lists, memory=dict.fromkeys(runs, MEMORY), request=request)
+    return report.build(config, facts, {"torch": "2"}, lists, memory=dict.fromkeys(runs, MEMORY), request=request)
 
 
 def three(test: float, *, spread: float = 0.001, parameters: int = 1000) -> list[Run]:

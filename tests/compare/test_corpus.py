@@ -102,7 +102,9 @@ def test_default_text_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_max_tokens_shortens_every_split(text_file: Path) -> None:
-    assert corpus.load(str(text_file), max_tokens=500).facts()["tokens"] == {"train": 500, "valid": 50, "test": 50}
+    short, whole = (corpus.load(str(text_file), max_tokens=n).facts() for n in (500, None))
+    assert short["tokens"] == {"train": 500, "valid": 50, "test": 50}
+    assert short["whole_training_text"] == whole["whole_training_text"] == whole["tokens"]["train"] > 500
 
 
 def test_max_tokens_leaves_the_vocabulary_alone(tmp_path: Path) -> None:

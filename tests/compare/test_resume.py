@@ -19,7 +19,7 @@ from tiedkl.compare.store import Store
 
 from .conftest import sentences
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "tokens_per_second_range"}
 
 
 def numbers(report: dict[str, Any]) -> Any:

@@ -115,6 +115,11 @@ def test_inference_and_cost(toy: Any, model: str) -> None:
         assert use["parameter_bytes"] == 4 * v["parameters"]
         assert use["ms_per_token"] > 0
         assert use["tokens_per_second"] > 0
+        for figure in ("ms_per_token", "tokens_per_second"):
+            low, high = use[f"{figure}_quartiles"]
+            assert low <= use[figure] <= high
+        slowest, fastest = v["tokens_per_second_range"]
+        assert 0 < slowest <= fastest
         cost = report["cost"][name]
         assert cost["seconds_per_million"] == pytest.approx(1e6 / v["tokens_per_second"])
         assert cost["price_per_million"] == pytest.approx(cost["seconds_per_million"] / 1000)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
+from tiedkl.compare.evidence import Run
 from tiedkl.compare.page import render
 from tiedkl.compare.verdict import YES, decide
 
@@ -158,3 +160,26 @@ def test_the_checklist_asks_for_what_the_verdict_asks_for(spread: float, outcome
     condition = data["checklist"][0]["go_on_if"]
     assert YES in condition
     assert f"here: {outcome}" in condition
+
+
+def test_a_shortened_text_and_a_training_cut_short_are_said() -> None:
+    """Both make another answer likelier; neither is said of a whole text and a training that has come to rest."""
+
+    def curve(*ppl: float) -> list[Run]:
+        runs = three(90.0, parameters=600)
+        for r in runs:
+            row = r.result["curves"][0]
+            r.result["curves"] = [row | {"valid_ppl": p, "valid_ce": math.log(p)} for p in ppl]
+        return runs
+
+    def said(runs: list[Run], **corpus: Any) -> str:
+        return " ".join(built(3, corpus=corpus, baseline=curve(101.0, 100.5), real=runs)["verdict"])
+
+    assert "One epoch is hardly a training" in said(curve(95.0))
+    falling = said(curve(97.0, 95.0))
+    assert "the last epoch still lowered validation perplexity by 2.1% (+REAL). More" in falling
+    rest = said(curve(95.5, 95.0), whole_training_text=1000)
+    assert "epoch" not in rest
+    assert "training tokens" not in rest
+    short = said(curve(95.5, 95.0), whole_training_text=50_000)
+    assert "The test used 1,000 of the text's 50,000 training tokens." in short

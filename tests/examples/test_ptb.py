@@ -23,7 +23,6 @@ from tiedkl.compare import CompareError, Settings
 from tiedkl.compare import corpus as compare_corpus
 from tiedkl.compare.lock import locked
 from tiedkl.compare.settings import VARIANTS
-from tiedkl.compare.statistics import over_text
 from tiedkl.compare.training import Data
 
 FOLDER = Path(__file__).parents[2] / "examples" / "ptb"
@@ -223,13 +222,19 @@ def test_nearest_words(modules: Any) -> None:
     assert modules["predictions"].function_words(words).tolist() == [5, 3]
 
 
-def test_blocks_of_losses_hold_the_mean_and_what_a_bootstrap_needs(modules: Any) -> None:
-    losses = torch.randn(9000, generator=torch.Generator().manual_seed(1)).repeat_interleave(3)[:20_000]
-    blocks = torch.tensor(modules["run"].block_means(losses), dtype=torch.float64)
-    assert len(blocks) == 141  # of 141 or 142 tokens, the square root of 20,000
-    assert float(blocks.mean()) == pytest.approx(float(losses.double().mean()), abs=1e-4)
-    coarse, fine = over_text(blocks, length=1), over_text(losses)
-    assert coarse.error == pytest.approx(fine.error, rel=0.15)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cuda:99"), "this PyTorch sees no such GPU"),
+        (("--jobs", "0"), "jobs=0, threads=1: expected at least 1"),
+        (("--only", "nothing"), "no run of small is called nothing"),
+    ],
+)
+def test_bad_options_are_said_in_a_line(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    command = ("small", "--smoke", "--threads", "1", "--runs", str(tmp_path), "--results", str(tmp_path), *options)
+    said = run("run.py", *command, fails=True)
+    assert said.startswith("error: ")
+    assert message in said
 
 
 def test_a_table_compares_with_its_control(modules: Any) -> None:
@@ -242,7 +247,11 @@ def test_a_table_compares_with_its_control(modules: Any) -> None:
     lines = modules["tables"].table(runs).splitlines()
     assert lines[2].startswith("| baseline | 1,000 | 2 | 3/3 | 100.00 | ")
     assert "| -5.0%* (-5.0 to -5.0) |" in lines[3]
-    del runs["al-2"]  # a seed that only the control has plays no part
+    two = dict(runs)
+    del runs["al-2"]  # a seed that only the control has plays no part, and one pair is no proof
+    assert "| -5.0% (-5.0 to -5.0) |" in modules["tables"].table(runs).splitlines()[3]
+    del two["baseline-2"]
+    assert "| -5.0% (-5.0 to -5.0, 1 of 2 seeds) |" in modules["tables"].table(two).splitlines()[3]
     runs["al-1"]["status"] = "partial"
     runs["al-1"] |= {"epochs_done": 1.5, "epochs_planned": 3}
     line = modules["tables"].table(runs).splitlines()[3]

@@ -8,13 +8,21 @@ import sys
 from pathlib import Path
 
 from ..compare.settings import MODELS, VARIANTS, CompareError
-from ..tune.settings import PRUNERS, TuneSettings
+from ..tune.settings import PRUNERS, RANGES, TRANSFORMER_LR, TuneSettings
 from .compare import BAD_INPUT, DATA, INTERRUPTED, add_option, ctrl_c
+
+
+def _searched() -> str:
+    """The ranges of a search, in words."""
+    ranges = ", ".join(f"{name}={low:g}:{high:g}" for name, (low, high, _) in RANGES.items())
+    low, high, _ = TRANSFORMER_LR
+    return f"{ranges}; lr={low:g}:{high:g} for transformer"
+
 
 OPTIONS = (
     ("--data", DATA, str, "PATH", "Python's help texts"),
     ("--out", "directory for the study and the result", str, "DIR", None),
-    ("--search", "some of gamma,temperature,lr,dropout, each with =LOW:HIGH or without", str, "LIST", "all four"),
+    ("--search", f"some of {', '.join(RANGES)}, each with =LOW:HIGH or without", str, "LIST", _searched()),
     ("--trials", "trials in all, those of earlier runs included", int, "N", None),
     ("--timeout", "no training begins after this time, and those under way stop: 90s, 10m, 2h", str, "TIME", "none"),
     ("--jobs", "processes that share the study", int, "N", None),

@@ -63,8 +63,14 @@ def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings) -> dic
 
 
 def _speed(report: dict[str, Any], v: dict[str, Any]) -> str:
-    base = report["variants"]["baseline"]["tokens_per_second"]
-    return f"{100 * (v['tokens_per_second'] / base - 1):+.0f}%" if base else "unknown"
+    base = report["variants"]["baseline"]
+    if not base["tokens_per_second"]:
+        return "unknown"
+    change = f"{100 * (v['tokens_per_second'] / base['tokens_per_second'] - 1):+.0f}%"
+    mine, its = v["tokens_per_second_range"], base["tokens_per_second_range"]
+    if mine and its and mine[0] <= its[1] and its[0] <= mine[1]:
+        change += ", though some epochs of each were as fast as some of the other's"
+    return change
 
 
 def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Corpus:
     eos: int = 1  # id of the end of a unit
     unknown: tuple[tuple[str, int], ...] = ()  # the most frequent unknown words of validation and test
     known: dict[str, Any] | None = None  # what else the report says about the vocabulary
+    whole: int | None = None  # training tokens before `max_tokens` shortened them
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the corpus; `sha256` identifies the token streams and the vocabulary."""
@@ -61,6 +62,7 @@ class Corpus:
             "split": self.split,
             "vocabulary": len(self.words),
             "tokens": {split: len(getattr(self, split)) for split in SPLITS},
+            "whole_training_text": self.whole,
             "oov_rate": self.oov,
             "unknown_words": [list(pair) for pair in self.unknown],
             "vocabulary_facts": self.known or {},
@@ -97,17 +99,20 @@ def load(
 
     if tokenizer is not None:
         tool = Tokenizer(tokenizer)
-        ids = shorten(split_units(units, tool.encode))
+        ids = split_units(units, tool.encode)
+        whole = len(ids["train"])
+        ids = shorten(ids)
         known = tool.facts(units, ids["train"])
         oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
         train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
-        return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known)
+        return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known, whole=whole)
 
     texts = split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u))
     if min_count is None:
         min_count = 1 if UNK in texts["train"] else 2
     words = build_vocabulary(texts["train"], vocab_size, min_count)
     distinct = len(set(texts["train"]) | {UNK, EOS})
+    whole = len(texts["train"])
     texts = shorten(texts)
     index = {word: i for i, word in enumerate(words)}
     train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)
@@ -115,7 +120,7 @@ def load(
     unknown = Counter(w for k in ("valid", "test") for w in texts[k] if w not in index).most_common(N_UNKNOWN)
     kind = f"words of the training text, {LOWERED if isinstance(units, list) else TOKENISED}"
     known = {"kind": kind, "distinct_training_words": distinct, "coverage": {k: 1.0 - v for k, v in oov.items()}}
-    return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known)
+    return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known, whole=whole)
 
 
 def read_units(data: str | None) -> tuple[str, list[str] | dict[str, list[str]]]:

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .statistics import CONFIDENCE, Interval, block_length, holm, over_both, over_seeds, over_text, percent
+from .statistics import (
+    CONFIDENCE,
+    Interval,
+    holm,
+    length_of_blocks,
+    over_both,
+    over_seeds,
+    over_text,
+    percent,
+    reach_of_dependence,
+)
 
 SAYS = {
     "seeds": "would another random seed say the same about this test text? (Student's t over the seeds)",
@@ -53,10 +63,10 @@ def perplexity_interval(runs: list[Run]) -> tuple[float, float] | None:
     return interval and (math.exp(min(interval.low, 700)), math.exp(min(interval.high, 700)))
 
 
-def against(baseline: list[Run], variant: list[Run], *, block: int | None = None) -> dict[str, Any] | None:
+def against(baseline: list[Run], variant: list[Run], *, means: bool = False) -> dict[str, Any] | None:
     """What is known of the change of the test loss, over the seeds that both have finished; None without one.
 
-    block: length of the bootstrap's blocks, default by the length of the text; 1 for losses that are block means.
+    means: the losses are not those of tokens but means over blocks of them (`block_means`).
     """
     old, new = finished(baseline), finished(variant)
     seeds = [seed for seed in new if seed in old]
@@ -64,8 +74,9 @@ def against(baseline: list[Run], variant: list[Run], *, block: int | None = None
         return None
     pairs = [(new[s].losses, old[s].losses) for s in seeds]
     per_token = torch.stack([a.double() - b.double() for a, b in pairs if a is not None and b is not None])
-    block = block or block_length(per_token.shape[1])
-    text = over_text(per_token.mean(0), length=block)
+    differences = per_token.mean(0)
+    block = round(reach_of_dependence(differences)) if means else length_of_blocks(differences)
+    text = over_text(differences, length=block)
     seed_interval = over_seeds(per_token.mean(1).tolist())
     ppl = [math.exp(min(sum(mean_ce(part[s]) for s in seeds) / len(seeds), 700)) for part in (new, old)]
     return {

@@ -1,7 +1,7 @@
 """What a trained variant costs to use: memory, time a generated token, tokens a second when scoring text.
 
 All variants are measured in turn, round after round, so that a machine that is busy for a moment slows all of them;
-the figures are medians over the rounds.
+the figures are medians over the rounds, with the quartiles beside them: variants whose quartiles overlap are as fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ TOKENS = 8  # generated a round
 
 
 def measure(trainers: dict[str, Trainer]) -> dict[str, Any]:
-    """Variant name -> `parameter_bytes`, `ms_per_token` (batch 1), `tokens_per_second` (scoring, whole batch)."""
+    """Variant name -> `parameter_bytes`, `ms_per_token` (batch 1), `tokens_per_second` (scoring, whole batch).
+
+    The last two with `_quartiles` after the name: [25%, 75%] of the rounds.
+    """
     generated: dict[str, list[float]] = {name: [] for name in trainers}
     scored: dict[str, list[float]] = {name: [] for name in trainers}
     began = time.perf_counter()
@@ -35,11 +38,16 @@ def measure(trainers: dict[str, Trainer]) -> dict[str, Any]:
     return {
         name: {
             "parameter_bytes": sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
-            "ms_per_token": 1e3 * statistics.median(generated[name]),
-            "tokens_per_second": 1.0 / statistics.median(scored[name]),
+            **_summary("ms_per_token", [1e3 * seconds for seconds in generated[name]]),
+            **_summary("tokens_per_second", [1.0 / seconds for seconds in scored[name]]),
         }
         for name, trainer in trainers.items()
     }
+
+
+def _summary(name: str, values: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {name: middle, f"{name}_quartiles": [low, high]}
 
 
 def _round(trainers: dict[str, Trainer]) -> dict[str, tuple[float, float]]:

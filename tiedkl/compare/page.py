@@ -26,9 +26,9 @@ SIZE_HINTS = {
     "inference MiB": "parameters",
 }
 SPEED_HINTS = {
-    "ms/token": "generating one token, batch 1",
-    "scored/s": "tokens scored a second",
-    "trained/s": "tokens trained a second",
+    "ms/token": "generating one token, batch 1 (half of the rounds lay in the brackets)",
+    "scored/s": "tokens scored a second (the same)",
+    "trained/s": "tokens trained a second (slowest and fastest epoch)",
     "s/1M tokens": "training time for a million tokens",
     "price/1M": "the same at your price",
     "seconds": "training and evaluation, all seeds",

@@ -8,7 +8,8 @@ The dictionary, `SCHEMA` 2:
     plan        what `--budget` decided (budget.py), or null
     variants    name -> label, summary, tied, augmented, status (done | partial | diverged | not started; diverged when
                 no run is left to train), seeds_done, and once it has begun: parameters; valid_ppl and test_ppl, the
-                exponential of the mean cross-entropy over seeds;
+                exponential of the mean cross-entropy over seeds; tokens_per_second, the median over seeds, and
+                tokens_per_second_range, the slowest and the fastest epoch;
                 test_ppl_interval, 95% over seeds, or null; curves, averaged over seeds; runs, `Trainer.result` of each
                 seed; loss_memory and training_memory in bytes (memory.py); change, per cent against the baseline;
                 evidence, how sure that change is (evidence.py), or null
@@ -69,7 +70,7 @@ def build(
             "test_ppl": found and found["percent"],
             "parameters": _change(v, variants.get("baseline"), "parameters"),
         }
-    outcome, sentences = verdict(variants, n_seeds)
+    outcome, sentences = verdict(variants, n_seeds, corpus)
     report = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -108,6 +109,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any]) ->
     last = runs[-1].result
     valid = [run.result["valid_ppl"] for run in done or runs if run.result["valid_ppl"]]
     speeds = [run.result["tokens_per_second"] for run in runs if run.result["tokens_per_second"]]
+    by_epoch = [row["tokens_per_second"] for run in runs for row in run.result["curves"]]
     return entry | memory | {
         "epochs_done": last["epochs_done"],
         "epochs_planned": last["epochs_planned"],
@@ -117,6 +119,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any]) ->
         "test_ppl": _exp(statistics.fmean(map(mean_ce, done))) if done else None,
         "test_ppl_interval": perplexity_interval(runs),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "tokens_per_second_range": [min(by_epoch), max(by_epoch)] if by_epoch else None,
         "seconds": sum(run.result["seconds"] for run in runs),
         "curves": mean_curves(kept or runs),
         "runs": [{"seed": run.seed, **run.result} for run in runs],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 MAX_DF = 1000  # beyond it Student's t is the normal distribution to three digits
+SMALLEST_P = 1e-6  # that is told from 0
+QUIET_LAGS = 5  # so many correlations that could be chance end a dependence
+LEAST_BLOCKS = 10
 
 
 class Interval(NamedTuple):
@@ -26,7 +30,7 @@ class Interval(NamedTuple):
     high: float
     p: float
     error: float  # standard error of the mean
-    df: int | None = None  # degrees of freedom, where the interval is Student's
+    df: int  # degrees of freedom of that error; 0 where it has no single number of them
 
 
 def percent(nats: float) -> float:
@@ -51,6 +55,7 @@ def two_sided_p(t: float, df: int) -> float:
     return min(1.0, max(0.0, 1.0 - inside))
 
 
+@lru_cache
 def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
     """t with P(|T| <= t) = confidence, by bisection."""
     low, high = 0.0, 1.0
@@ -80,14 +85,55 @@ def over_seeds(values: Sequence[float]) -> Interval | None:
 
 
 def block_length(n: int) -> int:
-    """Tokens in a block: the square root of the text's length, far longer than the reach of one token's surprise."""
+    """Tokens in a block at least: the square root of the text's length."""
     return max(1, math.isqrt(n))
+
+
+def block_means(values: Tensor) -> Tensor:
+    """Means over consecutive blocks of about `block_length(n)` tokens of values (n,), float64."""
+    return torch.stack([part.mean() for part in values.double().tensor_split(len(values) // block_length(len(values)))])
+
+
+def reach_of_dependence(values: Tensor) -> float:
+    """How many neighbours of values (n,) a block of the circular bootstrap should hold, 1 or more, n / 10 at most.
+
+    Source: Politis and White (2004), "Automatic block-length selection for the dependent bootstrap", with the
+    correction of Patton, Politis and White (2009). Correlations below twice their standard error count as none.
+    """
+    x = values.double().cpu() - values.double().mean()
+    n = len(x)
+    most = math.isqrt(n - 1) + 1 + QUIET_LAGS if n > 1 else 0  # lags
+    if n <= most + QUIET_LAGS or not bool(x.any()):
+        return 1.0
+    covariance = torch.stack([x[k:] @ x[: n - k] for k in range(most + QUIET_LAGS + 1)]) / n
+    loud = (covariance / covariance[0]).abs() >= 2 * math.sqrt(math.log10(n) / n)
+    last = next((m for m in range(most) if not loud[m + 1 : m + 1 + QUIET_LAGS].any()), most)
+    if not last:
+        return 1.0
+    lags = torch.arange(1, min(2 * last, most) + 1, dtype=torch.float64)
+    window = (2 * (1 - lags / lags[-1])).clamp(0, 1)  # flat, then a slope
+    weighed = 2 * window * covariance[1 : len(lags) + 1]
+    spectrum = float(covariance[0] + weighed.sum())
+    if spectrum <= 0:
+        return 1.0
+    slope = float((lags * weighed).sum())
+    length = (2 * slope**2 / (4 / 3 * spectrum**2)) ** (1 / 3) * n ** (1 / 3)
+    return min(max(1.0, length), max(1.0, n / LEAST_BLOCKS))
+
+
+def length_of_blocks(differences: Tensor) -> int:
+    """Tokens in a block of the bootstrap of per-token differences (n,): `block_length`, longer where the text asks.
+
+    Texts speak of one thing for a while, so tokens hundreds of places apart may depend on each other, each pair too
+    little to be seen; in means over blocks it is.
+    """
+    return round(block_length(len(differences)) * reach_of_dependence(block_means(differences)))
 
 
 def over_text(differences: Tensor, *, length: int | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Circular block bootstrap of the mean of per-token differences (n,) in the order of the text.
 
-    length: of a block; default `block_length(n)`. 1 where the differences are means over blocks already.
+    length: of a block; default `length_of_blocks(differences)`.
     Losses of neighbouring tokens are not independent, so whole blocks of consecutive tokens are drawn, which keeps
     the dependence within them. The interval is the basic (pivotal) one and the p-value its counterpart: how often a
     resampled mean strays from the observed mean by as much as that lies from 0.
@@ -96,7 +142,7 @@ def over_text(differences: Tensor, *, length: int | None = None, resamples: int 
     """
     d = differences.double().cpu()
     n = len(d)
-    length = length or block_length(n)
+    length = length or length_of_blocks(d)
     n_blocks = -(-n // length)
     ends = torch.cat([d.new_zeros(1), torch.cat([d, d[: length - 1]]).cumsum(0)])
     starts = torch.randint(n, (resamples, n_blocks), generator=torch.Generator().manual_seed(seed))
@@ -105,21 +151,32 @@ def over_text(differences: Tensor, *, length: int | None = None, resamples: int 
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     stray = int(((means - mean).abs() >= abs(mean)).sum())
-    return Interval(mean, 2 * mean - high, 2 * mean - low, (1 + stray) / (1 + resamples), float(means.std()))
+    p = (1 + stray) / (1 + resamples)
+    return Interval(mean, 2 * mean - high, 2 * mean - low, p, float(means.std()), max(1, n_blocks - 1))
 
 
 def over_both(seeds: Interval, text: Interval) -> Interval:
     """The interval for another seed and another text of the same kind at once.
 
-    The two variances add; the degrees of freedom are Satterthwaite's (1946), rounded down, with those of the text
-    counted as infinite. Each variance holds the interaction of seed and text, so the sum is on the careful side.
+    The two variances add, each with its own degrees of freedom. Student's t is the mean of the two quantiles, weighted
+    by the variances, which errs on the careful side: with errors of equal size that are two to five seeds' and a
+    long text's, 2.9 to 3.7% of 95% intervals miss the truth; with all the error in the seeds, 5%.
+    Source: Cochran (1964), "Approximate significance levels of the Behrens-Fisher test".
     """
     error = math.hypot(seeds.error, text.error)
-    if not seeds.error:
-        return student(text.mean, error, MAX_DF)
-    ratio = text.error / seeds.error
-    growth = 1 + ratio * ratio  # of the variance; exactly 1 where the text adds nothing, so never fewer than the seeds
-    return student(text.mean, error, int(min((seeds.df or 1) * growth * growth, MAX_DF)))
+    if not error:
+        return Interval(text.mean, text.mean, text.mean, float(text.mean == 0), 0.0, 0)
+    share = (seeds.error / error) ** 2
+
+    def reach(confidence: float) -> float:
+        t = share * t_quantile(seeds.df, confidence) if share else 0.0
+        return error * (t + (1 - share) * t_quantile(min(text.df, MAX_DF), confidence))
+
+    low, high = 0.0, 1.0 - SMALLEST_P  # the confidence at which the interval ends at 0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reach(middle) < abs(text.mean) else (low, middle)
+    return Interval(text.mean, text.mean - reach(CONFIDENCE), text.mean + reach(CONFIDENCE), 1.0 - low, error, 0)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

@@ -89,9 +89,9 @@ def speed(report: dict[str, Any]) -> Table:
         rows.append(
             (
                 v["label"],
-                number(use.get("ms_per_token"), ".3g"),
-                number(use.get("tokens_per_second"), ",.0f"),
-                number(v["tokens_per_second"], ",.0f"),
+                _spread(use.get("ms_per_token"), use.get("ms_per_token_quartiles"), ".2g"),
+                _spread(use.get("tokens_per_second"), use.get("tokens_per_second_quartiles"), ",.0f"),
+                _spread(v["tokens_per_second"], v.get("tokens_per_second_range"), ",.0f"),
                 number(spent.get("seconds_per_million"), ",.0f"),
                 *([number(spent.get("price_per_million"), ".3g")] if priced else []),
                 f"{v['seconds']:,.1f}",
@@ -117,6 +117,11 @@ def number(value: float | None, form: str, unit: str = "") -> str:
 def span(ends: Any, form: str, unit: str = "") -> str:
     """An interval as text."""
     return "-" if not ends else f"{number(ends[0], form)} to {number(ends[1], form, unit)}"
+
+
+def _spread(value: float | None, ends: Any, form: str) -> str:
+    """A timing, and in brackets between what it lay."""
+    return number(value, form) + (f" ({ends[0]:{form}}-{ends[1]:{form}})" if ends else "")
 
 
 def p_value(p: Any) -> str:

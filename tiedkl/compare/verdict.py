@@ -77,10 +77,11 @@ def _fairness(tuned_for: str | None) -> str:
     )
 
 
-def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
+def verdict(variants: dict[str, Any], n_seeds: int, corpus: dict[str, Any]) -> tuple[str, list[str]]:
     """(outcome, sentences for a reader who knows nothing of language models; the first is the answer).
 
     The outcome is "nothing" without a variant to compare, else what `decide` says of the best. n_seeds: planned.
+    corpus: `Corpus.facts`.
     """
     done = {name: v for name, v in variants.items() if v["seeds_done"]}
     missing = [v["label"] for v in variants.values() if v["status"] not in ("done", "diverged")]
@@ -88,7 +89,7 @@ def verdict(variants: dict[str, Any], n_seeds: int) -> tuple[str, list[str]]:
     sentences: list[str] = []
     if name is not None:
         outcome = decide(variants[name]["evidence"])
-        sentences = _against_baseline(variants, name, outcome)
+        sentences = _against_baseline(variants, name, outcome) + _early(variants, name, corpus)
     elif len(done) >= 2:
         first = min(done.values(), key=lambda v: v["test_ppl"])
         baseline = "has not been trained to the end" if "baseline" in variants else "was not part of this test"
@@ -135,6 +136,31 @@ def _against_baseline(variants: dict[str, Any], name: str, outcome: str) -> list
     if rest:
         sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
+    return sentences
+
+
+def _early(variants: dict[str, Any], name: str, corpus: dict[str, Any]) -> list[str]:
+    """Why a longer test may say something else: little of the text, or a training that had not come to its end."""
+    sentences = []
+    used, whole = corpus["tokens"]["train"], corpus.get("whole_training_text") or 0
+    if used < whole:
+        sentences.append(
+            f"The test used {used:,} of the text's {whole:,} training tokens. With more text the variants usually "
+            "differ less."
+        )
+    falls = []
+    for v in (variants["baseline"], variants[name]):
+        last = [row["valid_ppl"] for row in v["curves"][-2:]]
+        if len(last) < 2:
+            sentences.append("One epoch is hardly a training: more --epochs may change the answer.")
+            return sentences
+        falls.append((v["label"], 100 * (1 - last[1] / last[0])))
+    if any(fall > MARGIN for _, fall in falls):
+        said = " and ".join(f"{fall:.1f}% ({label})" for label, fall in falls if fall > MARGIN)
+        sentences.append(
+            f"Training had not come to its end: the last epoch still lowered validation perplexity by {said}. "
+            "More --epochs may change the answer."
+        )
     return sentences
 
 

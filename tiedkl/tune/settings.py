@@ -19,9 +19,10 @@ class Range(NamedTuple):
     log: bool
 
 
-# Around what the paper and its reimplementations use; a learning rate is that of the optimiser of each model.
+# Around what the paper and its reimplementations use, gamma higher: see "The defaults" in docs/compare.md. A learning
+# rate is that of the optimiser of each model.
 RANGES = {
-    "gamma": Range(0.1, 2.0, True),
+    "gamma": Range(0.1, 16.0, True),
     "temperature": Range(5.0, 40.0, True),
     "lr": Range(0.5, 2.0, True),
     "dropout": Range(0.0, 0.6, False),

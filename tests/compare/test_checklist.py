@@ -165,7 +165,8 @@ def test_seeds_that_are_planned_stay_planned() -> None:
             90.0,
             "With 3 seeds the answer is Yes at this width too, the gain is at least half of the 10.0% seen here, and",
         ),
-        (105.0, "With 3 seeds the answer is Yes at this width, though +RE was 5.0% worse here, and"),
+        (105.0, "With 3 seeds the answer is Yes at this width, which it was not here (+5.0%), and"),
+        (99.999, "With 3 seeds the answer is Yes at this width, which it was not here (0.0%), and"),
     ],
 )
 def test_a_harm_is_not_called_a_gain(test: float, text: str) -> None:

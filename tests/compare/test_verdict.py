@@ -91,6 +91,7 @@ def test_verdict_of_three_seeds(real: float, spread: float, outcome: str, start:
     assert "40% fewer parameters (600 instead of 1,000)" in text
     assert "+AL +50.0%" in text
     assert ('class="card verdict good"' in render(data)) == (outcome == "yes")
+    assert ('<tr class="best">' in render(data)) == (outcome == "yes")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from .command import compare_command, tune_command, tuned_compare_command
 from .evidence import surest
 from .memory import EAGER_MATRICES
 from .settings import Settings, of_variant
+from .tables import number, span
 from .verdict import MARGIN, YES, best
 
 MIB = 1 << 20
@@ -35,11 +36,10 @@ def checklist(report: dict[str, Any], settings: Settings) -> list[dict[str, Any]
 
 def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings) -> dict[str, Any]:
     evidence = v["evidence"]
-    low, high = surest(evidence)["percent"]
     n = len(evidence["seeds"])
     seen = [
-        f"{v['label']} changed test perplexity by {evidence['percent']:+.1f}% "
-        f"(95% interval {low:+.1f} to {high:+.1f}%, {n} seed{'' if n == 1 else 's'}).",
+        f"{v['label']} changed test perplexity by {number(evidence['percent'], '+.1f', '%')} "
+        f"(95% interval {span(surest(evidence)['percent'], '+.1f', '%')}, {n} seed{'' if n == 1 else 's'}).",
         f"Parameters {v['change']['parameters']:+.0f}%; training speed {_speed(report, v)}.",
         f"Vocabulary {report['corpus']['vocabulary']:,}; {100 * report['corpus']['oov_rate']['test']:.1f}% of the test "
         "tokens are unknown to it.",
@@ -79,11 +79,10 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
     width = 650 if config["hidden"] < 650 else 2 * config["hidden"]
     larger = {"variants": ("baseline", name), "hidden": width, "seeds": SEEDS, "out": f"tiedkl-compare-{width}"}
     change = v["evidence"]["percent"]
-    gain = (
-        f"the answer is Yes at this width too, the gain is at least half of the {-change:.1f}% seen here"
-        if change < 0
-        else f"the answer is Yes at this width, though {v['label']} was {change:.1f}% worse here"
-    )
+    if report["outcome"] == "yes":
+        gain = f"the answer is Yes at this width too, the gain is at least half of the {-change:.1f}% seen here"
+    else:
+        gain = f"the answer is Yes at this width, which it was not here ({number(change, '+.1f', '%')})"
     small = [flag for flag, value in (("--budget", settings.budget), ("--max-tokens", settings.max_tokens)) if value]
     return {
         "stage": "Your real data, a larger model",

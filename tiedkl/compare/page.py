@@ -9,6 +9,7 @@ from .evidence import SAYS
 from .per_variant import settings_table
 from .plots import COLOURS, changes, curve
 from .tables import certainty, quality, size, speed
+from .verdict import best
 from .vocabulary import vocabulary
 
 HINTS = {
@@ -68,7 +69,6 @@ PLOTS = (
 def render(report: dict[str, Any]) -> str:
     """The report (see report.py) as HTML."""
     config, variants = report["config"], report["variants"]
-    done = {name: v for name, v in variants.items() if v["seeds_done"]}
     plots = [(title, text, curve(report, key, title, label, log=log)) for key, title, label, log, text in PLOTS]
     title, text = "Change against the baseline", "95% intervals; left of the line is better than the baseline."
     plots.insert(0, (title, text, changes(report, title)))
@@ -92,7 +92,7 @@ def render(report: dict[str, Any]) -> str:
         own=own,
         certainty=(certainty(report), compared) if compared else None,
         says=SAYS,
-        best=min(done, key=lambda name: done[name]["test_ppl"]) if len(done) > 1 else None,
+        best=best(report["variants"]) if report["outcome"] == "yes" else None,
         colours=COLOURS,
         plots=[plot for plot in plots if plot[2]],
         vocabulary=facts,

@@ -24,7 +24,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, Table]]:
 
 def quality(report: dict[str, Any]) -> Table:
     """Perplexities and the change against the baseline."""
-    columns = ("variant", "seeds", "valid ppl", "test ppl", "95% (seeds)", "change", "95% of change", "p")
+    columns = ("variant", "change", "95% of change", "p", "test ppl", "95% (seeds)", "valid ppl", "seeds")
     rows = []
     for v in report["variants"].values():
         if v["status"] == "not started":
@@ -34,13 +34,13 @@ def quality(report: dict[str, Any]) -> Table:
         rows.append(
             (
                 _label(v),
-                str(len(v["seeds_done"])),
-                number(v["valid_ppl"], ",.2f"),
-                number(v["test_ppl"], ",.2f"),
-                span(v["test_ppl_interval"], ",.2f"),
                 number(v["change"]["test_ppl"], "+.1f", "%"),
                 span(sure and sure["percent"], "+.1f", "%"),
                 p_value(sure and sure["p_holm"]),
+                number(v["test_ppl"], ",.2f"),
+                span(v["test_ppl_interval"], ",.2f"),
+                number(v["valid_ppl"], ",.2f"),
+                str(len(v["seeds_done"])),
             )
         )
     return columns, rows
@@ -109,9 +109,11 @@ def _label(v: dict[str, Any]) -> str:
 
 
 def number(value: float | None, form: str, unit: str = "") -> str:
+    """A figure as text, "-" for None; what rounds to 0 has no sign."""
     if value is None:
         return "-"
-    return f"{value:{form}}{unit}".replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
+    text = f"{value:{form}}"
+    return (text if text.strip(" +-0.,") else text.replace("+", "").replace("-", "")) + unit
 
 
 def span(ends: Any, form: str, unit: str = "") -> str:

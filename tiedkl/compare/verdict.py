@@ -6,6 +6,7 @@ from typing import Any
 
 from .evidence import surest
 from .settings import VARIANTS
+from .tables import number, span
 
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
@@ -132,7 +133,7 @@ def _against_baseline(variants: dict[str, Any], name: str, outcome: str) -> list
             f"({v['parameters']:,} instead of {base['parameters']:,})."
         )
     others = [other for other in variants.values() if other["evidence"] and other is not v]
-    rest = [f"{other['label']} {_signed(other['evidence']['percent'])}" for other in others]
+    rest = [f"{other['label']} {number(other['evidence']['percent'], '+.1f', '%')}" for other in others]
     if rest:
         sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
@@ -172,7 +173,7 @@ def _answer(v: dict[str, Any], outcome: str) -> str:
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "for another text of this kind"
     p = "p < 0.001" if sure["p_holm"] < 0.001 else f"p = {sure['p_holm']:.3f}"
     figures = f"test perplexity {new:.1f} instead of {old:.1f}"
-    signed = f"{_signed(change)}, 95% interval {low:+.1f} to {high:+.1f}%, {seeds}"
+    signed = f"{number(change, '+.1f', '%')}, 95% interval {span((low, high), '+.1f', '%')}, {seeds}"
     small = f"is within {MARGIN:.0f}% of the baseline"
     if outcome == "undecided":
         source = f"{'one seed' if n_seeds == 1 else seeds} and this test text do not rule out"
@@ -186,16 +187,12 @@ def _answer(v: dict[str, Any], outcome: str) -> str:
         start = "A draw" if outcome == "draw" else "One seed"
         return f"{start}: the best variant, {label}, {small}, and so is the whole interval ({signed}; {figures})."
     ends = (-high, -low) if change < 0 else (low, high)
-    proof = f"95% interval {ends[0]:.1f} to {ends[1]:.1f}%, {seeds}, {p}; {figures}"
+    proof = f"95% interval {span(ends, '.1f', '%')}, {seeds}, {p}; {figures}"
     start = "One seed" if outcome == "one seed" else "Yes" if change < 0 else "No"
     if change < 0:
         text = "the test text" if outcome == "one seed" else "unseen text"
         return f"{start}: {label} predicts {text} {-change:.1f}% better than the baseline ({proof})."
     return f"{start}: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({proof})."
-
-
-def _signed(percent: float) -> str:
-    return f"{percent:+.1f}%".replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
 
 
 def _list(names: list[str]) -> str:

@@ -43,7 +43,7 @@ TITLES = {
     "quarter": "Two layers of 200 units, a quarter of the training text",
     "sixteenth": "Two layers of 200 units, a sixteenth of the training text",
     "long": "Two layers of 200 units, a sixteenth of the training text, 40 epochs",
-    "transformer": "A Transformer of two layers, a sixteenth of the training text",
+    "transformer": "A Transformer of two layers, a quarter of the training text",
     "help_texts": "A Transformer on Python's help texts, with the defaults of `tiedkl compare`",
 }
 ABOUT = """\

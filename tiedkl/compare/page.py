@@ -13,12 +13,12 @@ from .verdict import best
 from .vocabulary import vocabulary
 
 HINTS = {
-    "valid ppl": "perplexity on the validation split, best epoch",
-    "test ppl": "perplexity on the test split, with the weights of that epoch",
-    "95% (seeds)": "interval of the test perplexity over seeds",
     "change": "test perplexity against the baseline",
     "95% of change": "interval of the change over seeds and text; with one seed, over text",
     "p": "chance of such a change if there were none, after Holm's correction for several comparisons",
+    "test ppl": "perplexity on the test split, with the weights of the best epoch",
+    "95% (seeds)": "interval of the test perplexity over seeds",
+    "valid ppl": "perplexity on the validation split, best epoch",
 }
 SIZE_HINTS = {
     "loss MiB": "scratch and gradients of tiedkl's loss layer",

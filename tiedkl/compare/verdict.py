@@ -90,7 +90,7 @@ def verdict(variants: dict[str, Any], n_seeds: int, corpus: dict[str, Any]) -> t
     sentences: list[str] = []
     if name is not None:
         outcome = decide(variants[name]["evidence"])
-        sentences = _against_baseline(variants, name, outcome) + _early(variants, name, corpus)
+        sentences = _against_baseline(variants, name, outcome, corpus)
     elif len(done) >= 2:
         first = min(done.values(), key=lambda v: v["test_ppl"])
         baseline = "has not been trained to the end" if "baseline" in variants else "was not part of this test"
@@ -122,7 +122,7 @@ def diverged(variants: dict[str, Any]) -> list[tuple[str, int, int]]:
     ]
 
 
-def _against_baseline(variants: dict[str, Any], name: str, outcome: str) -> list[str]:
+def _against_baseline(variants: dict[str, Any], name: str, outcome: str, corpus: dict[str, Any]) -> list[str]:
     v, base = variants[name], variants["baseline"]
     sentences = [_answer(v, outcome)]
     if outcome == "one seed":
@@ -136,6 +136,7 @@ def _against_baseline(variants: dict[str, Any], name: str, outcome: str) -> list
     rest = [f"{other['label']} {number(other['evidence']['percent'], '+.1f', '%')}" for other in others]
     if rest:
         sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
+    sentences += _early(variants, name, corpus)
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
     return sentences
 

@@ -113,3 +113,14 @@ def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(Stop):
         command.run(parser().parse_args(["compare", "--config", file, "--fresh", "--quiet"]))
     assert (seen[1].fresh, seen[1].quiet, seen[1].tied_bias) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"seed": 10**20}, {"seed": -(10**20)}, {"checkpoint_every": -5.0}, {"dropout": 1.0}, {"gamma": -1.0}],
+    ids=str,
+)
+def test_a_setting_out_of_its_range_is_named(bad: dict[str, float]) -> None:
+    name, value = next(iter(bad.items()))
+    with pytest.raises(CompareError, match=f"^{name}={value}: expected"):
+        Settings(**bad)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ NOT_RESOLVED = (
 )  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600}
 LOSS_OPTIONS = ("temperature", "gamma")
+LARGEST_SEED = 2**60  # three streams a seed, 64 bits for all
 OWN = ("lr", "dropout", *LOSS_OPTIONS)  # what may differ between variants: all that `tiedkl tune` searches
 LOSS_KEYWORDS = {*LOSS_OPTIONS, "alpha"}  # of tiedkl.FusedTiedLoss
 
@@ -129,7 +130,9 @@ class Settings:
             raise CompareError(f"dropout={self.dropout}: expected a probability in [0, 1)")
         if not 0 <= self.gamma < float("inf"):
             raise CompareError(f"gamma={self.gamma}: expected 0 or more")
-        for name in ("decay_after", "price_per_hour"):
+        if abs(self.seed) > LARGEST_SEED:
+            raise CompareError(f"seed={self.seed}: expected a whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
+        for name in ("decay_after", "price_per_hour", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise CompareError(f"{name}={value}: expected 0 or more")

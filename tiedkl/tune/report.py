@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..compare.evidence import surest
 from ..compare.markdown import rows as markdown_rows
-from ..compare.settings import LOSS_OPTIONS, VARIANTS
+from ..compare.settings import LOSS_OPTIONS, OWN, VARIANTS
 from ..compare.store import write_atomically
 from ..compare.tables import number
 from ..environment import finite
@@ -60,7 +60,7 @@ def result(
     wanting = checked is None and defaults is not None and best is not None and best.number != defaults.number
     params = dict(best.params) if best else settings.defaults()
     config = {name: task.config[name] for name in KEPT} | {"tokenizer": settings.tokenizer}
-    values = {**config, **{n: task.config[n] for n in ("lr", "dropout", "temperature", "gamma")}, **params}
+    values = {**config, **{n: task.config[n] for n in OWN}, **params}
     found = {
         "schema": 1,
         "settings": values,

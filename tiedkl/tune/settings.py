@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..compare.settings import VARIANTS, CompareError, Settings, parse_duration
+from ..compare.settings import LOSS_OPTIONS, VARIANTS, CompareError, Settings, parse_duration
 
 PRUNERS = ("median", "hyperband", "none")
-LOSS = ("gamma", "temperature")  # of the augmented loss alone
 
 
 class Range(NamedTuple):
@@ -98,7 +97,9 @@ class TuneSettings:
         """
         augmented = VARIANTS[self.variant].augmented
         known = RANGES | ({"lr": TRANSFORMER_LR} if self.model == "transformer" else {})
-        text = self.search if self.search is not None else ",".join(n for n in known if augmented or n not in LOSS)
+        text = (
+            self.search if self.search is not None else ",".join(n for n in known if augmented or n not in LOSS_OPTIONS)
+        )
         found: dict[str, Range] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, _, ends = part.partition("=")
@@ -106,7 +107,7 @@ class TuneSettings:
                 raise CompareError(
                     f"search {part}: expected some of {', '.join(known)}, each with =LOW:HIGH or without"
                 )
-            if name in LOSS and not augmented:
+            if name in LOSS_OPTIONS and not augmented:
                 raise CompareError(f"search {name}: variant {self.variant} has no augmented loss")
             found[name] = _range(name, ends, known[name].log) if ends else known[name]
         if not found:

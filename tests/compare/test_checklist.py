@@ -14,6 +14,7 @@ import pytest
 from tiedkl.compare import Settings, compare
 from tiedkl.compare.command import compare_command, options, tune_command, tuned_compare_command
 from tiedkl.compare.settings import parse_variants
+from tiedkl.compare.tables import number
 from tiedkl.tune import TuneSettings
 
 from .made import built, three
@@ -115,7 +116,7 @@ def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
     name, best = min(
         ((n, v) for n, v in data["variants"].items() if v["evidence"]), key=lambda p: p[1]["evidence"]["percent"]
     )
-    assert f"{best['evidence']['percent']:+.1f}%" in small["seen"][0]
+    assert number(best["evidence"]["percent"], "+.1f", "%") in small["seen"][0]
     assert "2 seeds" in small["seen"][0]
     (more,) = small["commands"]
     assert compared(more) == replace(settings, seeds=3, fresh=False)

@@ -91,7 +91,7 @@ def test_table_marks_what_is_unfinished() -> None:
     quality, size, speed = (part.split("\n") for part in text.split("\n\n"))
     for lines in (quality, size, speed):
         assert len({len(line) for line in lines}) == 1
-    assert quality[1].split()[:4] == ["baseline", "1", "110.00", "100.00"]
+    assert quality[1].split() == ["baseline", *"---", "100.00", "-", "110.00", "1"]
     assert "+AL (stopped in epoch 2 of 3)" in quality[2]
     assert "+RE (not started)" in quality[3]
     assert size[1].split()[1:6] == ["1,000", "3.0", "9.0", "5.0", "11.0"]
@@ -114,7 +114,7 @@ def test_markdown_has_the_tables_verdict_and_limits(trained: tuple[dict[str, Any
     sentences = (*data["verdict"][1:], *data["limits"], *data["checklist"][0]["monitor"])
     for sentence in (*sentences, "## Roll-out checklist", "unknown tokens"):
         assert sentence.replace("<", "\\<").replace(">", "\\>") in text
-    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| variant | seeds")}
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| variant | change | 95%")}
     assert widths == {7}
     odd = markdown(built(baseline=run(110.0, 100.0)))
     assert "\\<i\\>odd" in odd

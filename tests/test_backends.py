@@ -19,7 +19,6 @@ RUNNABLE = [name for name in backends.BACKENDS if backends.load(name).unsupporte
 BLOCKED = [name for name in RUNNABLE if name != "reference"]
 ROUNDS = {"float32": 6, "bfloat16": 3, "float16": 2, "float64": 3}  # cases of each kind
 INTERPRETED_ROUNDS = 1  # of Triton, whose interpreter takes about a second for a case
-HALVES = ("bfloat16", "float16")  # one kernel serves both: in Triton's interpreter each kind runs in one of them
 
 
 def runs(impl: str, dtype: str) -> bool:
@@ -29,9 +28,8 @@ def runs(impl: str, dtype: str) -> bool:
 def suite(dtype: str) -> Iterator[tuple[testing.Case, list[str]]]:
     """Cases, and the backends to judge on each."""
     impls = [x for x in RUNNABLE if runs(x, dtype)]
-    other = HALVES.index(dtype) if dtype in HALVES else None
     for i, case in enumerate(testing.cases(ROUNDS[dtype] * len(testing.KINDS), seed=0, dtypes=(dtype,))):
-        few = i >= INTERPRETED_ROUNDS * len(testing.KINDS) or i % 2 == other
+        few = i >= INTERPRETED_ROUNDS * len(testing.KINDS)
         yield case, [x for x in impls if not (few and x == "triton")]
 
 

@@ -16,16 +16,15 @@ from typing import Any
 import predictions
 import subspaces
 import torch
-from matplotlib.ticker import FixedLocator, ScalarFormatter
 from page import as_file, markdown, source
 from run import read
 
+from tiedkl.compare import plots
 from tiedkl.compare.evidence import Run, adjust, against, mean_curves, perplexity_interval, surest
-from tiedkl.compare.plots import COLOURS, curve
+from tiedkl.compare.plots import COLOURS
 from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.tables import number, span
 from tiedkl.compare.verdict import LEVEL
-from tiedkl.page import figure
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al. (2017), Table 1
@@ -102,11 +101,11 @@ def changes(runs: dict[str, list[Run]], control: str) -> dict[str, dict[str, Any
     return {label: change for label, change in found.items() if change is not None}
 
 
-def in_words(change: dict[str, Any] | None, n_seeds: int) -> str:
-    """A change in per cent with its interval; * where it is sure, and how many of `n_seeds` seeds have a pair."""
+def in_words(change: dict[str, Any] | None, runs: list[Run]) -> str:
+    """The change of `runs` in per cent with its interval; * where it is sure, and how many seeds have a pair."""
     if change is None:
         return "-"
-    sure, pairs = surest(change), len(change["seeds"])
+    sure, pairs, n_seeds = surest(change), len(change["seeds"]), sum(run.done for run in runs)
     star = "*" if pairs > 1 and sure["p_holm"] < LEVEL else ""
     of = "" if pairs == n_seeds else f", {pairs} of {n_seeds} seeds"
     return f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')}{of})"
@@ -136,7 +135,7 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
         row = [name_of(label), f"{of_label[0].result['parameters']:,}", str(len(done))]
         row.append("/".join(str(run.result["best_epoch"]) for run in done) or "-")
         row += [perplexity(of_label, "valid_ppl"), perplexity(of_label, "test_ppl")]
-        row.append(in_words(change.get(label), len(done)))
+        row.append(in_words(change.get(label), of_label))
         if published:
             valid, test = published[label]
             row += [f"{valid:.1f}", f"{test:.1f}", f"{100 * (test / published[control][1] - 1):+.1f}%"]
@@ -160,8 +159,7 @@ def by_fraction(found: dict[str, Figures]) -> list[str]:
         change = changes(runs, "baseline")
         if change:
             tokens = next(iter(figures.values()))["text"]["tokens"]["train"]
-            n_seeds = {label: sum(run.done for run in of_label) for label, of_label in runs.items()}
-            cells = [in_words(change.get(label), n_seeds.get(label, 0)) for label in VARIANTS if label != "baseline"]
+            cells = [in_words(change.get(label), runs.get(label, [])) for label in VARIANTS if label != "baseline"]
             rows.append([fraction, f"{tokens:,}", perplexity(runs["baseline"], "test_ppl"), *cells])
     columns += [variant.label for name, variant in VARIANTS.items() if name != "baseline"]
     return ["## By amount of training text", markdown(columns, rows), FRACTIONS] if rows else []
@@ -189,7 +187,7 @@ def picture(experiment: str, figures: Figures) -> str:
             if (runs := runs_of(figures, name))
         }
     }
-    return curve(report, "valid_ppl", TITLES[experiment], "validation perplexity", log=True)
+    return plots.curve(report, "valid_ppl", TITLES[experiment], "validation perplexity", log=True)
 
 
 def with_one_change(figures: Figures, control: str) -> Figures:
@@ -199,22 +197,12 @@ def with_one_change(figures: Figures, control: str) -> Figures:
 
 
 def picture_of_changes(figures: Figures, control: str) -> str:
-    """The change of test perplexity of each label against its control with the interval, an SVG file."""
+    """The change of test perplexity of each label against its control with the intervals, an SVG file."""
     labels = dict.fromkeys(run["label"] for run in figures.values())
-    found = list(changes({label: runs_of(figures, label) for label in labels}, control).items())[::-1]
-
-    def paint(axes: Any) -> None:
-        for k, (_, change) in enumerate(found):
-            axes.plot(surest(change)["percent"], [k, k], color=COLOURS[control], linewidth=3, alpha=0.5)
-            axes.plot([change["percent"]], [k], color=COLOURS[control], marker="o", markersize=5)
-        axes.axvline(0.0, color="#1d2329", linewidth=1)
-        axes.set_yticks(range(len(found)), [label for label, _ in found], fontsize=8)
-        axes.set_xscale("symlog", linthresh=5.0)
-        axes.xaxis.set_major_locator(FixedLocator([-10, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 10, 20]))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set_xlabel("change of test perplexity, %")
-
-    return figure(f"{control}-changes", f"{name_of(control)} with one change at a time", paint)
+    found = changes({label: runs_of(figures, label) for label in labels}, control)
+    report = {"variants": {label: {"label": label, "evidence": change} for label, change in found.items()}}
+    title = f"{name_of(control)} with one change at a time"
+    return plots.changes(report, title, colours=dict.fromkeys(found, COLOURS[control]), linear_to=5.0)
 
 
 def parts_of(experiment: str, figures: Figures) -> Iterator[str]:

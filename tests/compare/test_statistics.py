@@ -63,13 +63,23 @@ def test_bootstrap_sees_that_neighbours_depend_on_each_other() -> None:
     assert st.over_text(d).error > 2.5 * wanted / math.sqrt(10)
 
 
+def filtered(kernel: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+    """n values, each a sum of neighbouring standard normal ones with the weights `kernel`, float64."""
+    noise = torch.randn(n + len(kernel) - 1, generator=generator).double()
+    return torch.nn.functional.conv1d(noise.view(1, 1, -1), kernel.view(1, 1, -1)).view(-1)
+
+
+def powers(memory: float, n: int) -> torch.Tensor:
+    """The weights of an autoregression whose values k apart correlate by memory**k."""
+    return memory ** torch.arange(n, dtype=torch.float64).flip(0)
+
+
 def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     """Autoregressive texts of mean 0: between 90 and 99% of 95% intervals hold it, and 5% of p-values are below 5%."""
     generator = torch.Generator().manual_seed(5)
     held = 0
     for _ in range(200):
-        noise = torch.randn(900, generator=generator).double()
-        d = torch.nn.functional.conv1d(noise.view(1, 1, -1), torch.tensor([[[0.25, 0.5, 1.0]]]).double()).view(-1)
+        d = filtered(torch.tensor([0.25, 0.5, 1.0]).double(), 898, generator)
         interval = st.over_text(d, resamples=500)
         held += interval.low <= 0 <= interval.high
         assert (interval.p < 0.03) <= (not interval.low <= 0 <= interval.high)
@@ -78,9 +88,7 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def autoregressive(n: int, memory: float, generator: torch.Generator) -> torch.Tensor:
     """A text of mean 0 whose tokens k apart correlate by memory**k; 0.3 of it, the rest is each token's own."""
-    kernel = memory ** torch.arange(int(8 / (1 - memory)), dtype=torch.float64).flip(0)
-    noise = torch.randn(n + len(kernel) - 1, generator=generator).double()
-    slow = torch.nn.functional.conv1d(noise.view(1, 1, -1), kernel.view(1, 1, -1)).view(-1)
+    slow = filtered(powers(memory, int(8 / (1 - memory))), n, generator)
     return 0.3 * slow * math.sqrt(1 - memory**2) + 0.7 * torch.randn(n, generator=generator).double()
 
 
@@ -103,13 +111,7 @@ def test_the_reach_of_dependence_is_that_of_the_formula() -> None:
     """Politis and White's optimum for an autoregression of order 1 whose coefficient is known: rho / (1 - rho^2)."""
     rho, n = 0.5, 4000
     generator = torch.Generator().manual_seed(7)
-    kernel = rho ** torch.arange(40, dtype=torch.float64).flip(0)
-    found = []
-    for _ in range(20):
-        noise = torch.randn(n + 39, generator=generator).double()
-        found.append(
-            st.reach_of_dependence(torch.nn.functional.conv1d(noise.view(1, 1, -1), kernel.view(1, 1, -1))[0, 0])
-        )
+    found = [st.reach_of_dependence(filtered(powers(rho, 40), n, generator)) for _ in range(20)]
     slope, spectrum = 2 * rho / (1 - rho) ** 2, (1 + rho) / (1 - rho)  # sums of |k| rho^|k| and rho^|k|
     wanted = (2 * slope**2 / (4 / 3 * spectrum**2)) ** (1 / 3) * n ** (1 / 3)
     assert sorted(found)[10] == pytest.approx(wanted, rel=0.2)
@@ -164,11 +166,13 @@ def test_the_interval_over_seeds_and_text_covers_the_truth(n_seeds: int, ratio: 
         z = torch.randn(n_seeds + 1, generator=generator).double()
         values = z[:n_seeds] * ratio * math.sqrt(n_seeds)
         mean, error = float(values.mean() + z[-1]), float(values.std() / math.sqrt(n_seeds))
-        share = error**2 / (error**2 + 1)
-        t = share * st.t_quantile(n_seeds - 1) + (1 - share) * st.t_quantile(st.MAX_DF)
-        missed += abs(mean) > t * math.hypot(error, 1)
+        seeds = st.Interval(mean, 0, 0, 0, error, n_seeds - 1)
+        text = st.Interval(mean, 0, 0, 0, 1.0, st.MAX_DF)
+        missed += abs(mean) > st.reach_of_both(seeds, text)
     assert 0.015 < missed / draws < 0.065
-    both = st.over_both(st.Interval(mean, 0, 0, 0, error, n_seeds - 1), st.Interval(mean, 0, 0, 0, 1.0, st.MAX_DF))
+    both = st.over_both(seeds, text)
+    share = error**2 / (error**2 + 1)
+    t = share * st.t_quantile(n_seeds - 1) + (1 - share) * st.t_quantile(st.MAX_DF)
     assert both.high - both.mean == pytest.approx(t * math.hypot(error, 1))
 
 

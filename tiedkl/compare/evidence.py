@@ -13,17 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .statistics import (
-    CONFIDENCE,
-    Interval,
-    holm,
-    length_of_blocks,
-    over_both,
-    over_seeds,
-    over_text,
-    percent,
-    reach_of_dependence,
-)
+from .statistics import CONFIDENCE, Interval, holm, length_of_blocks, over_both, over_seeds, over_text, percent
 
 SAYS = {
     "seeds": "would another random seed say the same about this test text? (Student's t over the seeds)",
@@ -75,7 +65,7 @@ def against(baseline: list[Run], variant: list[Run], *, means: bool = False) -> 
     pairs = [(new[s].losses, old[s].losses) for s in seeds]
     per_token = torch.stack([a.double() - b.double() for a, b in pairs if a is not None and b is not None])
     differences = per_token.mean(0)
-    block = round(reach_of_dependence(differences)) if means else length_of_blocks(differences)
+    block = length_of_blocks(differences, means=means)
     text = over_text(differences, length=block)
     seed_interval = over_seeds(per_token.mean(1).tolist())
     ppl = [math.exp(min(sum(mean_ce(part[s]) for s in seeds) / len(seeds), 700)) for part in (new, old)]

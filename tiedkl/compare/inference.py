@@ -1,7 +1,8 @@
 """What a trained variant costs to use: memory, time a generated token, tokens a second when scoring text.
 
 All variants are measured in turn, round after round, so that a machine that is busy for a moment slows all of them;
-the figures are medians over the rounds, with the quartiles beside them: variants whose quartiles overlap are as fast.
+the figures are medians over the rounds, with the quartiles beside them: where those of two variants overlap, this does
+not tell which is faster.
 """
 
 from __future__ import annotations

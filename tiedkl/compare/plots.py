@@ -49,8 +49,15 @@ def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool
     return figure(key, title, paint)
 
 
-def changes(report: dict[str, Any], title: str) -> str:
-    """Each variant's change of test perplexity with its intervals as an `<svg>` element; "" without a comparison."""
+def changes(
+    report: dict[str, Any], title: str, *, colours: dict[str, str] = COLOURS, linear_to: float | None = None
+) -> str:
+    """Each variant's change of test perplexity with its intervals as an `<svg>` element; "" without a comparison.
+
+    linear_to: per cent on either side beyond which the axis is logarithmic, where some changes dwarf the others.
+    """
+    from matplotlib.ticker import FixedLocator, ScalarFormatter
+
     found = [(name, v) for name, v in report["variants"].items() if v["evidence"]]
     if not found:
         return ""
@@ -67,15 +74,21 @@ def changes(report: dict[str, Any], title: str) -> str:
                 if evidence[f"over_{kind}"]:
                     y = k + 0.22 * ((len(kinds) - 1) / 2 - j)
                     axes.plot(
-                        evidence[f"over_{kind}"]["percent"], [y, y], color=COLOURS[name], alpha=shade, linewidth=3
+                        evidence[f"over_{kind}"]["percent"], [y, y], color=colours[name], alpha=shade, linewidth=3
                     )
-                    axes.plot([evidence["percent"]], [y], marker="o", color=COLOURS[name], markersize=5)
+                    axes.plot([evidence["percent"]], [y], marker="o", color=colours[name], markersize=5)
                     axes.annotate(kind, (max(evidence[f"over_{kind}"]["percent"]), y), xytext=(5, 0),
                                   textcoords="offset points", va="center", fontsize=9, color="#5b6470")  # fmt: skip
         axes.axvline(0.0, color="#1d2329", linewidth=1)
         axes.set_yticks(range(len(found)), [v["label"] for _, v in reversed(found)])
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.margins(x=0.12)
+        if linear_to is not None:
+            axes.set_xscale("symlog", linthresh=linear_to)
+            axes.xaxis.set_major_locator(
+                FixedLocator([*range(-5, 6), *(sign * k for sign in (-1, 1) for k in (10, 20))])
+            )
+            axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("change of test perplexity, %")
 
     return figure("changes", title, paint)

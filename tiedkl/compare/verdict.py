@@ -150,15 +150,11 @@ def _early(variants: dict[str, Any], name: str, corpus: dict[str, Any]) -> list[
             f"The test used {used:,} of the text's {whole:,} training tokens. With more text the variants usually "
             "differ less."
         )
-    falls = []
-    for v in (variants["baseline"], variants[name]):
-        last = [row["valid_ppl"] for row in v["curves"][-2:]]
-        if len(last) < 2:
-            sentences.append("One epoch is hardly a training: more --epochs may change the answer.")
-            return sentences
-        falls.append((v["label"], 100 * (1 - last[1] / last[0])))
-    if any(fall > MARGIN for _, fall in falls):
-        said = " and ".join(f"{fall:.1f}% ({label})" for label, fall in falls if fall > MARGIN)
+    pair = (variants["baseline"], variants[name])
+    if any(len(v["curves"]) < 2 for v in pair):
+        return [*sentences, "One epoch is hardly a training: more --epochs may change the answer."]
+    falls = [(v["label"], 100 * (1 - v["curves"][-1]["valid_ppl"] / v["curves"][-2]["valid_ppl"])) for v in pair]
+    if said := " and ".join(f"{fall:.1f}% ({label})" for label, fall in falls if fall > MARGIN):
         sentences.append(
             f"Training had not come to its end: the last epoch still lowered validation perplexity by {said}. "
             "More --epochs may change the answer."

@@ -97,9 +97,8 @@ class TuneSettings:
         """
         augmented = VARIANTS[self.variant].augmented
         known = RANGES | ({"lr": TRANSFORMER_LR} if self.model == "transformer" else {})
-        text = (
-            self.search if self.search is not None else ",".join(n for n in known if augmented or n not in LOSS_OPTIONS)
-        )
+        usual = (name for name in known if augmented or name not in LOSS_OPTIONS)
+        text = self.search if self.search is not None else ",".join(usual)
         found: dict[str, Range] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, _, ends = part.partition("=")

@@ -60,8 +60,8 @@ NOTES = {
 Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
 +RE and +REAL. Perplexities here are those of a shorter training than the paper's; only the changes are comparable.""",
     "small40": """\
-As the paper, with the schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. No
-output bias in +RE and +REAL.""",
+The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE
+and +REAL have an output bias.""",
     "sixteenth": """\
 τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; `tau=40,gamma=1`
 has γ/τ of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding,

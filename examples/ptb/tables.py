@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import predictions
@@ -20,7 +20,7 @@ from page import as_file, markdown, source
 from run import read
 
 from tiedkl.compare import plots
-from tiedkl.compare.evidence import Run, adjust, against, mean_curves, perplexity_interval, surest
+from tiedkl.compare.evidence import Run, adjust, against, kl_share, mean_curves, perplexity_interval, surest
 from tiedkl.compare.plots import COLOURS
 from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.tables import number, span
@@ -51,7 +51,7 @@ losses by block. Perplexity is that of the epoch with the best validation, over 
 brackets the 95% interval: of a perplexity over seeds; of a change over seeds and the test text, or over the text alone
 where there is one seed, which says nothing of other seeds (see docs/compare.md). * marks changes of two seeds or more
 whose p-value is below 5% after Holm's correction for all of the table. Choices are made by validation, never by
-test."""
+test. α KL is that of the training text in the best epoch, in per cent of its cross-entropy."""
 FRACTIONS = """\
 The vocabulary is that of the whole text. Shorter texts had smaller batches, and still fewer steps: where the best epoch
 is the last one, less of the text is also less training."""
@@ -111,6 +111,15 @@ def in_words(change: dict[str, Any] | None, runs: list[Run]) -> str:
     return f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')}{of})"
 
 
+def strength(runs: list[Run]) -> str:
+    """α KL beside the cross-entropy in the best epoch, a mean over seeds; "-" without it, or where α changes."""
+    shares = []
+    for r in (run.result for run in runs if "temperatures" not in run.result["loss"]):
+        share = kl_share(r["curves"][: r["best_epoch"]], r["settings"]["gamma"] * r["settings"]["temperature"])
+        shares += [] if share is None else [share]
+    return number(fmean(shares) if shares else None, ".1f", "%")
+
+
 def unfinished(runs: list[Run]) -> str:
     """Where runs stand that have not ended."""
     parts = []
@@ -127,13 +136,13 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
     labels = dict.fromkeys([control, *(label for label in VARIANTS if label in found), *found])
     runs = {label: runs_of(figures, label) for label in labels}
     runs = {label: r for label, r in runs.items() if r}
-    columns = ["", "parameters", "seeds", "best epoch", "validation", "test", f"change to {name_of(control)}"]
+    columns = ["", "parameters", "seeds", "best epoch", "α KL", "validation", "test", f"change to {name_of(control)}"]
     columns += ["paper: validation", "test", "change"] if published else []
     rows, change = [], changes(runs, control)
     for label, of_label in runs.items():
         done = [run for run in of_label if run.done]
         row = [name_of(label), f"{of_label[0].result['parameters']:,}", str(len(done))]
-        row.append("/".join(str(run.result["best_epoch"]) for run in done) or "-")
+        row += ["/".join(str(run.result["best_epoch"]) for run in done) or "-", strength(done)]
         row += [perplexity(of_label, "valid_ppl"), perplexity(of_label, "test_ppl")]
         row.append(in_words(change.get(label), of_label))
         if published:

@@ -184,3 +184,26 @@ def test_a_shortened_text_and_a_training_cut_short_are_said() -> None:
     assert "training tokens" not in rest
     short = said(curve(95.5, 95.0), whole_training_text=50_000)
     assert "The test used 1,000 of the text's 50,000 training tokens." in short
+
+
+@pytest.mark.parametrize(
+    ("kl", "word"), [(0.001, "faint"), (0.01, ""), (0.03, ""), (0.06, "strong")]
+)  # alpha is 10 and the cross-entropy 5: 0.2, 2, 6 and 12%
+def test_the_strength_of_the_augmented_loss_is_said_where_it_may_change_the_answer(kl: float, word: str) -> None:
+    def said(test: float) -> tuple[str, Any]:
+        runs = {"baseline": three(100.0), "re": three(99.9, parameters=800), "real": three(test, parameters=600)}
+        for name, part in runs.items():
+            for r in part:
+                r.result["curves"][0]["train_kl"] = kl if name == "real" else None
+        data = built(3, **runs)
+        return " ".join(data["verdict"]), data["variants"]
+
+    text, variants = said(101.0)
+    assert variants["real"]["kl_share"] == pytest.approx(200 * kl)
+    assert variants["baseline"]["kl_share"] is None
+    assert ("The augmented loss was" in text) == bool(word)
+    if word:
+        other = "more" if word == "faint" else "less"
+        assert f"The augmented loss was {word}: at the end of training alpha KL was {200 * kl:.1f}% (+REAL)" in text
+        assert f"With {other} --gamma" in text
+    assert "augmented loss" not in said(90.0)[0]  # +REAL is the answer as it is

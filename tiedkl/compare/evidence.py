@@ -123,3 +123,12 @@ def mean_curves(runs: list[Run]) -> list[dict[str, Any]]:
             row["valid_ppl"] = math.exp(min(row["valid_ce"], 700))
         rows.append(row)
     return rows
+
+
+def kl_share(curves: list[dict[str, Any]], alpha: float) -> float | None:
+    """alpha * KL on the training text in the last epoch of `curves`, in per cent of its cross-entropy.
+
+    How strong the augmented loss is beside it; None without that loss, or without an epoch.
+    """
+    last = curves[-1] if curves else {"train_kl": None}
+    return None if last["train_kl"] is None else 100.0 * alpha * last["train_kl"] / last["train_ce"]

@@ -12,7 +12,8 @@ The dictionary, `SCHEMA` 2:
                 tokens_per_second_range, the slowest and the fastest epoch;
                 test_ppl_interval, 95% over seeds, or null; curves, averaged over seeds; runs, `Trainer.result` of each
                 seed; loss_memory and training_memory in bytes (memory.py); change, per cent against the baseline;
-                evidence, how sure that change is (evidence.py), or null
+                evidence, how sure that change is (evidence.py), or null; kl_share, alpha * KL on the training text in
+                the last epoch, in per cent of its cross-entropy, or null without the augmented loss
     inference   name -> figures of inference.py; empty until all runs are done
     cost        name -> seconds of training for a million tokens, and money, or null without a price
     checklist   stages of a roll-out (checklist.py)
@@ -30,8 +31,8 @@ from typing import Any
 
 from ..environment import finite
 from .checklist import checklist
-from .evidence import Run, adjust, against, mean_ce, mean_curves, perplexity_interval
-from .settings import VARIANTS, Settings
+from .evidence import Run, adjust, against, kl_share, mean_ce, mean_curves, perplexity_interval
+from .settings import VARIANTS, Settings, of_variant
 from .verdict import limits, verdict
 
 SCHEMA = 2
@@ -59,7 +60,9 @@ def build(
     request = request or Settings()
     n_seeds = len(config["seeds"])
     wanted = wanted or dict.fromkeys(runs, n_seeds)
-    variants = {name: _variant(name, part, wanted[name], memory[name]) for name, part in runs.items()}
+    variants = {
+        name: _variant(name, part, wanted[name], memory[name], of_variant(config, name)) for name, part in runs.items()
+    }
     base = runs.get("baseline", [])
     evidence = {n: against(base, part) for n, part in runs.items() if n != "baseline"}
     adjust(evidence)
@@ -90,7 +93,7 @@ def build(
     return report
 
 
-def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any]) -> dict[str, Any]:
+def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     about = VARIANTS[name]
     done = [run for run in runs if run.done]
     kept = [run for run in runs if run.result["status"] != "diverged"]
@@ -110,6 +113,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any]) ->
     valid = [run.result["valid_ppl"] for run in done or runs if run.result["valid_ppl"]]
     speeds = [run.result["tokens_per_second"] for run in runs if run.result["tokens_per_second"]]
     by_epoch = [row["tokens_per_second"] for run in runs for row in run.result["curves"]]
+    curves = mean_curves(kept or runs)
     return entry | memory | {
         "epochs_done": last["epochs_done"],
         "epochs_planned": last["epochs_planned"],
@@ -121,7 +125,8 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any]) ->
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "tokens_per_second_range": [min(by_epoch), max(by_epoch)] if by_epoch else None,
         "seconds": sum(run.result["seconds"] for run in runs),
-        "curves": mean_curves(kept or runs),
+        "kl_share": kl_share(curves, config["gamma"] * config["temperature"]),
+        "curves": curves,
         "runs": [{"seed": run.seed, **run.result} for run in runs],
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from .tables import number, span
 
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
+FAINT, STRONG = 2.0, 10.0  # per cent of cross-entropy: where alpha * KL did nothing or harm to LSTMs (examples/ptb)
 YES = (
     f"with two seeds or more the variant is better by {MARGIN:.0f}% of perplexity or more, the 95% interval over seeds "
     f"and text leaves out 0, and Holm's p is below {LEVEL:g}"
@@ -137,6 +138,8 @@ def _against_baseline(variants: dict[str, Any], name: str, outcome: str, corpus:
     if rest:
         sentences.append(f"The others against the baseline: {', '.join(rest)} (less is better).")
     sentences += _early(variants, name, corpus)
+    if not (outcome == "yes" and v["augmented"]):
+        sentences += _strength(variants)
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
     return sentences
 
@@ -159,6 +162,23 @@ def _early(variants: dict[str, Any], name: str, corpus: dict[str, Any]) -> list[
             f"Training had not come to its end: the last epoch still lowered validation perplexity by {said}. "
             "More --epochs may change the answer."
         )
+    return sentences
+
+
+def _strength(variants: dict[str, Any]) -> list[str]:
+    """Why another gamma may say something else: an augmented loss that hardly counted, or drowned the cross-entropy."""
+    shares = {v["label"]: v["kl_share"] for v in variants.values() if v.get("kl_share") is not None}
+    sentences = []
+    for word, other, chosen in (
+        ("faint", "more", {label: share for label, share in shares.items() if share < FAINT}),
+        ("strong", "less", {label: share for label, share in shares.items() if share > STRONG}),
+    ):
+        if chosen:
+            said = " and ".join(f"{number(share, '.1f', '%')} ({label})" for label, share in chosen.items())
+            sentences.append(
+                f"The augmented loss was {word}: at the end of training alpha KL was {said} of the cross-entropy. "
+                f"With {other} --gamma the answer may change; tiedkl tune searches it."
+            )
     return sentences
 
 

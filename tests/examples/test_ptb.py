@@ -240,12 +240,16 @@ def test_bad_options_are_said_in_a_line(options: tuple[str, ...], message: str, 
 def test_a_table_compares_with_its_control(modules: Any) -> None:
     def figures(label: str, seed: int, ppl: float) -> dict[str, Any]:
         blocks = [math.log(ppl) + 0.01 * (seed + k % 3) for k in range(30)]
+        kl = None if label == "baseline" else 0.01 * seed
         return {"label": label, "seed": seed, "status": "done", "parameters": 1000, "best_epoch": 3, "valid_ppl": ppl,
-                "test_ppl": math.exp(sum(blocks) / 30), "test_blocks": blocks}  # fmt: skip
+                "test_ppl": math.exp(sum(blocks) / 30), "test_blocks": blocks, "loss": {},
+                "settings": {"gamma": 0.5, "temperature": 20.0},
+                "curves": [*[{"train_kl": kl, "train_ce": 5.0}] * 3, {"train_kl": 9.0, "train_ce": 5.0}]}  # fmt: skip
 
     runs = {f"{v}-{s}": figures(v, s, ppl) for v, ppl in (("al", 95.0), ("baseline", 100.0)) for s in (1, 2)}
     lines = modules["tables"].table(runs).splitlines()
-    assert lines[2].startswith("| baseline | 1,000 | 2 | 3/3 | 100.00 | ")
+    assert lines[2].startswith("| baseline | 1,000 | 2 | 3/3 | - | 100.00 | ")
+    assert lines[3].startswith("| +AL | 1,000 | 2 | 3/3 | 3.0% | 95.00 | ")  # alpha KL of the best epoch: 2 and 4%
     assert "| -5.0%* (-5.0 to -5.0) |" in lines[3]
     two = dict(runs)
     del runs["al-2"]  # a seed that only the control has plays no part, and one pair is no proof
@@ -255,7 +259,9 @@ def test_a_table_compares_with_its_control(modules: Any) -> None:
     runs["al-1"]["status"] = "partial"
     runs["al-1"] |= {"epochs_done": 1.5, "epochs_planned": 3}
     line = modules["tables"].table(runs).splitlines()[3]
-    assert line.endswith("| - | - | - | - | seed 1: epoch 1.5 of 3, validation 95.00 |")
+    assert line.endswith("| - | - | - | - | - | seed 1: epoch 1.5 of 3, validation 95.00 |")
+    runs["al-2"] = two["al-2"] | {"loss": {"temperatures": [40.0, 10.0]}}  # alpha changes: no one figure
+    assert modules["tables"].table(runs).splitlines()[3].startswith("| +AL | 1,000 | 1 | 3 | - | 95.00 | ")
 
 
 def test_every_run_has_a_name_of_its_own(modules: Any) -> None:

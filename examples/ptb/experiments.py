@@ -106,6 +106,8 @@ def _sixteenth() -> Iterator[Run]:
         yield run("no bias", tied_bias=False)
         yield run("re,no bias", "re", tied_bias=False)
         yield run("target_grad,no bias", loss={"target_grad": True}, tied_bias=False)
+        yield run("target_grad,gamma=4", loss={"target_grad": True}, gamma=4.0)
+        yield run("target_grad,gamma=4,no bias", loss={"target_grad": True}, gamma=4.0, tied_bias=False)
         yield run("average", loss={"similarity": "average"})
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 

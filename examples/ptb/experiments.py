@@ -112,12 +112,19 @@ def _sixteenth() -> Iterator[Run]:
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 
 
-def _and_stronger(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
-    """The four variants, and both losses with eight times the published strength; a seed after another."""
+def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
+    """The four variants; both losses with eight times the published strength; and what a missing bias does.
+
+    A seed after another.
+    """
     for seed in SEEDS:
         yield from _four(experiment, settings, [seed], **more)
         for label, variant in (("al,gamma=4", "al"), ("gamma=4", "real")):
             yield Run(experiment, label, variant, seed, settings | {"gamma": 4.0}, **more)
+        no_bias = settings | {"tied_bias": False}
+        for label, variant in (("re,no bias", "re"), ("no bias", "real")):
+            yield Run(experiment, label, variant, seed, no_bias, **more)
+        yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss={"target_grad": True}, **more)
 
 
 def experiments() -> dict[str, list[Run]]:
@@ -133,11 +140,11 @@ def experiments() -> dict[str, list[Run]]:
         ],
         "sixteenth": list(_sixteenth()),
         "long": _four("long", LONG, fraction=1 / 16),
-        "quarter": list(_and_stronger("quarter", QUARTER, fraction=1 / 4)),
+        "quarter": list(_and_more("quarter", QUARTER, fraction=1 / 4)),
         # on a sixteenth it learns word frequencies and no more
         "transformer": _four("transformer", TRANSFORMER, fraction=1 / 4),
         # as `tiedkl compare` trains without arguments
-        "help_texts": list(_and_stronger("help_texts", {"model": "transformer"}, help_texts=True)),
+        "help_texts": list(_and_more("help_texts", {"model": "transformer"}, help_texts=True)),
         "medium": _four("medium", PAPER | SIZES["medium"], [1]),
         "large": _four("large", PAPER | SIZES["large"], [1]),
     }

@@ -46,9 +46,13 @@ def built(
     n_seeds: int = 1,
     request: Settings | None = None,
     corpus: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
     **runs: Run | list[Run] | None,
 ) -> dict[str, Any]:
-    """The report of runs, one a variant or a list; `n_seeds` were planned; `corpus` replaces some of its facts."""
+    """The report of runs, one a variant or a list.
+
+    `n_seeds` were planned; `corpus` replaces some of its facts; `overrides` are the variants' own settings.
+    """
     facts = {
         "name": "<b>toy</b>",
         "split": "blocks",
@@ -59,7 +63,7 @@ def built(
         "vocabulary_facts": {},
     } | (corpus or {})
     config = {"model": "lstm", "layers": 2, "hidden": 8, "epochs": 3, "temperature": 20.0, "gamma": 0.5,
-              "seeds": list(range(1, n_seeds + 1))}  # fmt: skip
+              "seeds": list(range(1, n_seeds + 1)), "overrides": overrides}  # fmt: skip
     lists = {name: r if isinstance(r, list) else [] if r is None else [r] for name, r in runs.items()}
     return report.build(config, facts, {"torch": "2"}, lists, memory=dict.fromkeys(runs, MEMORY), request=request)
 

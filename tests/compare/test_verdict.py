@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tiedkl.compare.evidence import Run
+from tiedkl.compare.evidence import Run, kl_share
 from tiedkl.compare.page import render
 from tiedkl.compare.verdict import YES, decide
 
@@ -186,24 +186,57 @@ def test_a_shortened_text_and_a_training_cut_short_are_said() -> None:
     assert "The test used 1,000 of the text's 50,000 training tokens." in short
 
 
-@pytest.mark.parametrize(
-    ("kl", "word"), [(0.001, "faint"), (0.01, ""), (0.03, ""), (0.06, "strong")]
-)  # alpha is 10 and the cross-entropy 5: 0.2, 2, 6 and 12%
-def test_the_strength_of_the_augmented_loss_is_said_where_it_may_change_the_answer(kl: float, word: str) -> None:
-    def said(test: float) -> tuple[str, Any]:
-        runs = {"baseline": three(100.0), "re": three(99.9, parameters=800), "real": three(test, parameters=600)}
-        for name, part in runs.items():
-            for r in part:
-                r.result["curves"][0]["train_kl"] = kl if name == "real" else None
-        data = built(3, **runs)
-        return " ".join(data["verdict"]), data["variants"]
+def learned(runs: list[Run], *kl: float | None) -> list[Run]:
+    """`runs` with an epoch for each KL; the cross-entropy is 5, so the share in per cent is 200 times the last."""
+    for r in runs:
+        r.result["curves"] = [r.result["curves"][0] | {"train_kl": value} for value in kl]
+    return runs
 
-    text, variants = said(101.0)
-    assert variants["real"]["kl_share"] == pytest.approx(200 * kl)
+
+def strength(n_seeds: int = 3, **runs: list[Run]) -> str:
+    """What the verdict says of the augmented loss."""
+    said = built(n_seeds, baseline=learned(three(100.0)[:n_seeds], None, None), **runs)["verdict"]
+    return " ".join(text for text in said if text.startswith("The augmented loss"))
+
+
+@pytest.mark.parametrize(
+    ("kl", "was", "better"),
+    [
+        (0.001, "hardly counted: at the end of training its term, alpha KL, was 0.2%", "A larger"),
+        (0.0101, "", ""),
+        (0.049, "", ""),
+        (0.06, "weighed heavily: at the end of training its term, alpha KL, was 12.0%", "A smaller"),
+    ],
+)
+def test_a_faint_and_a_strong_augmented_loss_are_said(kl: float, was: str, better: str) -> None:
+    text = strength(real=learned(three(101.0, parameters=600), 0.03, kl))
+    whole = f"The augmented loss {was} (+REAL) of the cross-entropy. {better} --gamma may do more for +REAL; "
+    assert text.startswith(whole) if was else not text
+
+
+def test_the_strength_is_said_of_finished_variants_where_it_may_change_the_answer() -> None:
+    faint = learned(three(99.9, parameters=700), 0.03, 0.001)
+    strong = learned(three(101.0, parameters=600), 0.03, 0.06)
+    text = strength(al=faint, real=strong)
+    assert "hardly counted: at the end of training its term, alpha KL, was 0.2% (+AL) of" in text
+    assert "weighed heavily: at the end of training its term, alpha KL, was 12.0% (+REAL) of" in text
+    assert "0.2% (+AL) and 0.2% (+REAL)" in strength(al=faint, real=faint)
+    for n_seeds in (1, 3):  # +REAL is the answer as it is; +RE is not, whatever its gain
+        better = learned(three(90.0, parameters=600)[:n_seeds], 0.03, 0.001)
+        assert not strength(n_seeds, real=better)
+        assert "hardly" in strength(
+            n_seeds, real=faint[:n_seeds], re=learned(three(90.0, parameters=800), None)[:n_seeds]
+        )
+    started = learned([run(120.0, None, status="partial", parameters=600)], 0.001)
+    assert not strength(re=learned(three(90.0, parameters=800), None), real=started)  # not its end
+
+
+def test_the_share_of_the_augmented_loss() -> None:
+    runs = {"baseline": learned(three(100.0), None), "real": learned(three(99.0, parameters=600), 0.03, 0.01)}
+    variants = built(3, **runs)["variants"]
     assert variants["baseline"]["kl_share"] is None
-    assert ("The augmented loss was" in text) == bool(word)
-    if word:
-        other = "more" if word == "faint" else "less"
-        assert f"The augmented loss was {word}: at the end of training alpha KL was {200 * kl:.1f}% (+REAL)" in text
-        assert f"With {other} --gamma" in text
-    assert "augmented loss" not in said(90.0)[0]  # +REAL is the answer as it is
+    assert variants["real"]["kl_share"] == pytest.approx(2.0)
+    variants = built(3, overrides={"real": {"gamma": 5.0}}, **runs)["variants"]
+    assert variants["real"]["kl_share"] == pytest.approx(20.0)
+    assert kl_share([], 10.0) is None
+    assert kl_share([{"train_kl": 0.1, "train_ce": 0.0}], 10.0) is None

@@ -128,7 +128,8 @@ def mean_curves(runs: list[Run]) -> list[dict[str, Any]]:
 def kl_share(curves: list[dict[str, Any]], alpha: float) -> float | None:
     """alpha * KL on the training text in the last epoch of `curves`, in per cent of its cross-entropy.
 
-    How strong the augmented loss is beside it; None without that loss, or without an epoch.
+    How strong the augmented loss is beside it; None without that loss, an epoch, or a cross-entropy above 0.
     """
-    last = curves[-1] if curves else {"train_kl": None}
-    return None if last["train_kl"] is None else 100.0 * alpha * last["train_kl"] / last["train_ce"]
+    if not curves or curves[-1]["train_kl"] is None or not curves[-1]["train_ce"] > 0:
+        return None
+    return float(100.0 * alpha * curves[-1]["train_kl"] / curves[-1]["train_ce"])

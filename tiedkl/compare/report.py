@@ -13,7 +13,8 @@ The dictionary, `SCHEMA` 2:
                 test_ppl_interval, 95% over seeds, or null; curves, averaged over seeds; runs, `Trainer.result` of each
                 seed; loss_memory and training_memory in bytes (memory.py); change, per cent against the baseline;
                 evidence, how sure that change is (evidence.py), or null; kl_share, alpha * KL on the training text in
-                the last epoch, in per cent of its cross-entropy, or null without the augmented loss
+                the last epoch of the seeds that are done, in per cent of its cross-entropy, or null without such a
+                seed or without the augmented loss
     inference   name -> figures of inference.py; empty until all runs are done
     cost        name -> seconds of training for a million tokens, and money, or null without a price
     checklist   stages of a roll-out (checklist.py)
@@ -113,7 +114,6 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], co
     valid = [run.result["valid_ppl"] for run in done or runs if run.result["valid_ppl"]]
     speeds = [run.result["tokens_per_second"] for run in runs if run.result["tokens_per_second"]]
     by_epoch = [row["tokens_per_second"] for run in runs for row in run.result["curves"]]
-    curves = mean_curves(kept or runs)
     return entry | memory | {
         "epochs_done": last["epochs_done"],
         "epochs_planned": last["epochs_planned"],
@@ -125,8 +125,8 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], co
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "tokens_per_second_range": [min(by_epoch), max(by_epoch)] if by_epoch else None,
         "seconds": sum(run.result["seconds"] for run in runs),
-        "kl_share": kl_share(curves, config["gamma"] * config["temperature"]),
-        "curves": curves,
+        "kl_share": kl_share(mean_curves(done), config["gamma"] * config["temperature"]),
+        "curves": mean_curves(kept or runs),
         "runs": [{"seed": run.seed, **run.result} for run in runs],
     }  # fmt: skip
 

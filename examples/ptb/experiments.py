@@ -143,7 +143,7 @@ def experiments() -> dict[str, list[Run]]:
         "quarter": list(_and_more("quarter", QUARTER, fraction=1 / 4)),
         # on a sixteenth it learns word frequencies and no more
         "transformer": _four("transformer", TRANSFORMER, fraction=1 / 4),
-        # as `tiedkl compare` trains without arguments
+        # as `tiedkl compare --model transformer` trains without other arguments
         "help_texts": list(_and_more("help_texts", {"model": "transformer"}, help_texts=True)),
         "medium": _four("medium", PAPER | SIZES["medium"], [1]),
         "large": _four("large", PAPER | SIZES["large"], [1]),

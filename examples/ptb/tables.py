@@ -43,7 +43,7 @@ TITLES = {
     "sixteenth": "Two layers of 200 units, a sixteenth of the training text",
     "long": "Two layers of 200 units, a sixteenth of the training text, 40 epochs",
     "transformer": "A Transformer of two layers, a quarter of the training text",
-    "help_texts": "A Transformer on Python's help texts, with the defaults of `tiedkl compare`",
+    "help_texts": "A Transformer on Python's help texts, with the defaults of `tiedkl compare --model transformer`",
 }
 ABOUT = """\
 Written by `python examples/ptb/tables.py` from the JSON files beside it, which hold settings, seeds, curves and test
@@ -55,6 +55,9 @@ test. α KL is that of the training text in the best epoch, in per cent of its c
 FRACTIONS = """\
 The vocabulary is that of the whole text. Shorter texts had smaller batches, and still fewer steps: where the best epoch
 is the last one, less of the text is also less training."""
+STRENGTHS = """\
+Each training with the augmented loss against the same without it: the change of perplexity, and α KL in the best
+epoch."""
 NOTES = {
     "small": """\
 Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
@@ -174,6 +177,33 @@ def by_fraction(found: dict[str, Figures]) -> list[str]:
     return ["## By amount of training text", markdown(columns, rows), FRACTIONS] if rows else []
 
 
+def by_strength(found: dict[str, Figures]) -> list[str]:
+    """Each training with the augmented loss against the same without it, by α KL."""
+    rows = []
+    for experiment, figures in found.items():
+        for label in dict.fromkeys(run["label"] for run in figures.values()):
+            runs = runs_of(figures, label)
+            plain = {"al": "baseline", "real": "re"}.get(runs[0].result["variant"])
+            if plain and not runs[0].result["settings"]["tied_bias"]:
+                plain += ",no bias"
+            pairs = [
+                (run, other)
+                for run in runs
+                for other in runs_of(figures, plain or "")
+                if run.seed == other.seed and run.done and other.done
+            ]
+            if pairs and (share := strength([run for run, _ in pairs])) != "-":
+                change = [
+                    100 * (geometric_mean(run.result[key] / other.result[key] for run, other in pairs) - 1)
+                    for key in ("valid_ppl", "test_ppl")
+                ]
+                cells = [number(x, "+.1f", "%") for x in change]
+                rows.append([share, experiment, name_of(label), name_of(plain or ""), str(len(pairs)), *cells])
+    rows.sort(key=lambda row: float(row[0].rstrip("%")))
+    columns = ["α KL", "experiment", "with the loss", "against", "seeds", "validation", "test"]
+    return ["## By strength of the augmented loss", STRENGTHS, markdown(columns, rows)] if rows else []
+
+
 def by_epoch(figures: Figures) -> str:
     """Validation perplexity after each epoch, of many epochs after some: means over the seeds."""
     labels = dict.fromkeys(run["label"] for run in figures.values())
@@ -247,6 +277,7 @@ def pages(results: Path) -> dict[str, str]:
         if kept := with_one_change(found.get("sixteenth", {}), control):
             files[f"sixteenth-{control}.svg"] = picture_of_changes(kept, control)
     parts += by_fraction(found)
+    parts += by_strength(found)
     for module in (predictions, subspaces):
         file = results / f"{module.__name__}.json"
         if file.exists():

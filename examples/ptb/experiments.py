@@ -101,6 +101,7 @@ def _sixteenth() -> Iterator[Run]:
             yield run(f"al,tau={tau:g}", "al", temperature=tau)
         for gamma in (4.0, 16.0):
             yield run(f"al,gamma={gamma:g}", "al", gamma=gamma)
+        yield run("al,target_grad,gamma=4", "al", loss={"target_grad": True}, gamma=4.0)
         yield run("tau 40 to 10", loss={"temperatures": [40.0, 10.0]})
         yield run("tau 10 to 40", loss={"temperatures": [10.0, 40.0]})
         yield run("no bias", tied_bias=False)
@@ -119,12 +120,14 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
     """
     for seed in SEEDS:
         yield from _four(experiment, settings, [seed], **more)
+        stronger, target_grad = settings | {"gamma": 4.0}, {"target_grad": True}
         for label, variant in (("al,gamma=4", "al"), ("gamma=4", "real")):
-            yield Run(experiment, label, variant, seed, settings | {"gamma": 4.0}, **more)
+            yield Run(experiment, label, variant, seed, stronger, **more)
+        yield Run(experiment, "target_grad,gamma=4", "real", seed, stronger, loss=target_grad, **more)
         no_bias = settings | {"tied_bias": False}
         for label, variant in (("re,no bias", "re"), ("no bias", "real")):
             yield Run(experiment, label, variant, seed, no_bias, **more)
-        yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss={"target_grad": True}, **more)
+        yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss=target_grad, **more)
 
 
 def experiments() -> dict[str, list[Run]]:

@@ -118,16 +118,19 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
 
     A seed after another.
     """
+    stronger, no_bias, target_grad = {"gamma": 4.0}, {"tied_bias": False}, {"target_grad": True}
+    others: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
+        ("al,gamma=4", "al", stronger, {}),
+        ("gamma=4", "real", stronger, {}),
+        ("target_grad,gamma=4", "real", stronger, target_grad),
+        ("re,no bias", "re", no_bias, {}),
+        ("no bias", "real", no_bias, {}),
+        ("target_grad,no bias", "real", no_bias, target_grad),
+    )
     for seed in SEEDS:
         yield from _four(experiment, settings, [seed], **more)
-        stronger, target_grad = settings | {"gamma": 4.0}, {"target_grad": True}
-        for label, variant in (("al,gamma=4", "al"), ("gamma=4", "real")):
-            yield Run(experiment, label, variant, seed, stronger, **more)
-        yield Run(experiment, "target_grad,gamma=4", "real", seed, stronger, loss=target_grad, **more)
-        no_bias = settings | {"tied_bias": False}
-        for label, variant in (("re,no bias", "re"), ("no bias", "real")):
-            yield Run(experiment, label, variant, seed, no_bias, **more)
-        yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss=target_grad, **more)
+        for label, variant, change, loss in others:
+            yield Run(experiment, label, variant, seed, settings | change, loss=loss, **more)
 
 
 def experiments() -> dict[str, list[Run]]:

@@ -20,7 +20,7 @@ from page import as_file, markdown, source
 from run import read
 
 from tiedkl.compare import plots
-from tiedkl.compare.evidence import Run, adjust, against, kl_share, mean_curves, perplexity_interval, surest
+from tiedkl.compare.evidence import Run, adjust, against, finished, kl_share, mean_curves, perplexity_interval, surest
 from tiedkl.compare.plots import COLOURS
 from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.tables import number, span
@@ -74,6 +74,7 @@ The schedule of the Keras reimplementation: the rate falls by a tenth an epoch a
     "readings": "On a quarter of the training text, four epochs at the full rate.",
 }
 CONTROLS = ("real", "al", "re")
+WITHOUT_LOSS = {"al": "baseline", "real": "re"}  # the label of the same model without the augmented loss
 Figures = dict[str, Any]  # of the runs of one experiment, by name
 
 
@@ -114,13 +115,12 @@ def in_words(change: dict[str, Any] | None, runs: list[Run]) -> str:
     return f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')}{of})"
 
 
-def strength(runs: list[Run]) -> str:
-    """α KL beside the cross-entropy in the best epoch, a mean over seeds; "-" without it, or where α changes."""
-    shares = []
-    for r in (run.result for run in runs if "temperatures" not in run.result["loss"]):
-        share = kl_share(r["curves"][: r["best_epoch"]], r["settings"]["gamma"] * r["settings"]["temperature"])
-        shares += [] if share is None else [share]
-    return number(fmean(shares) if shares else None, ".1f", "%")
+def strength(runs: list[Run]) -> float | None:
+    """α KL in per cent of the cross-entropy in the best epoch, mean over seeds; None without it, or where α changes."""
+    results = [run.result for run in runs if "temperatures" not in run.result["loss"]]
+    shares = [kl_share(r["curves"][: r["best_epoch"]], r["settings"]) for r in results]
+    found = [share for share in shares if share is not None]
+    return fmean(found) if found else None
 
 
 def unfinished(runs: list[Run]) -> str:
@@ -145,7 +145,8 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
     for label, of_label in runs.items():
         done = [run for run in of_label if run.done]
         row = [name_of(label), f"{of_label[0].result['parameters']:,}", str(len(done))]
-        row += ["/".join(str(run.result["best_epoch"]) for run in done) or "-", strength(done)]
+        row += ["/".join(str(run.result["best_epoch"]) for run in done) or "-"]
+        row.append(number(strength(done), ".1f", "%"))
         row += [perplexity(of_label, "valid_ppl"), perplexity(of_label, "test_ppl")]
         row.append(in_words(change.get(label), of_label))
         if published:
@@ -183,25 +184,27 @@ def by_strength(found: dict[str, Figures]) -> list[str]:
     for experiment, figures in found.items():
         for label in dict.fromkeys(run["label"] for run in figures.values()):
             runs = runs_of(figures, label)
-            plain = {"al": "baseline", "real": "re"}.get(runs[0].result["variant"])
-            if plain and not runs[0].result["settings"]["tied_bias"]:
-                plain += ",no bias"
-            pairs = [
-                (run, other)
-                for run in runs
-                for other in runs_of(figures, plain or "")
-                if run.seed == other.seed and run.done and other.done
+            about = runs[0].result
+            plain = WITHOUT_LOSS.get(about["variant"])
+            if plain is None:
+                continue
+            plain += "" if about["settings"]["tied_bias"] else ",no bias"
+            new, old = finished(runs), finished(runs_of(figures, plain))
+            seeds = [seed for seed in new if seed in old]
+            share = strength([new[seed] for seed in seeds])
+            if share is None:
+                continue
+            ratios = [
+                geometric_mean(new[seed].result[key] / old[seed].result[key] for seed in seeds)
+                for key in ("valid_ppl", "test_ppl")
             ]
-            if pairs and (share := strength([run for run, _ in pairs])) != "-":
-                change = [
-                    100 * (geometric_mean(run.result[key] / other.result[key] for run, other in pairs) - 1)
-                    for key in ("valid_ppl", "test_ppl")
-                ]
-                cells = [number(x, "+.1f", "%") for x in change]
-                rows.append([share, experiment, name_of(label), name_of(plain or ""), str(len(pairs)), *cells])
-    rows.sort(key=lambda row: float(row[0].rstrip("%")))
+            cells = [number(100 * (ratio - 1), "+.1f", "%") for ratio in ratios]
+            row = [f"{share:.1f}%", experiment, name_of(label), name_of(plain), str(len(seeds)), *cells]
+            rows.append((share, row))
+    rows.sort(key=lambda pair: pair[0])
     columns = ["α KL", "experiment", "with the loss", "against", "seeds", "validation", "test"]
-    return ["## By strength of the augmented loss", STRENGTHS, markdown(columns, rows)] if rows else []
+    table_of_all = markdown(columns, [row for _, row in rows])
+    return ["## By strength of the augmented loss", STRENGTHS, table_of_all] if rows else []
 
 
 def by_epoch(figures: Figures) -> str:

@@ -238,5 +238,6 @@ def test_the_share_of_the_augmented_loss() -> None:
     assert variants["real"]["kl_share"] == pytest.approx(2.0)
     variants = built(3, overrides={"real": {"gamma": 5.0}}, **runs)["variants"]
     assert variants["real"]["kl_share"] == pytest.approx(20.0)
-    assert kl_share([], 10.0) is None
-    assert kl_share([{"train_kl": 0.1, "train_ce": 0.0}], 10.0) is None
+    settings = {"gamma": 0.5, "temperature": 20.0}
+    assert kl_share([], settings) is None
+    assert kl_share([{"train_kl": 0.1, "train_ce": 0.0}], settings) is None

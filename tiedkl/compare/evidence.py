@@ -125,11 +125,13 @@ def mean_curves(runs: list[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def kl_share(curves: list[dict[str, Any]], alpha: float) -> float | None:
+def kl_share(curves: list[dict[str, Any]], settings: dict[str, Any]) -> float | None:
     """alpha * KL on the training text in the last epoch of `curves`, in per cent of its cross-entropy.
 
-    How strong the augmented loss is beside it; None without that loss, an epoch, or a cross-entropy above 0.
+    How strong the augmented loss is beside it; None without that loss, an epoch, or a cross-entropy above 0. settings:
+    with the gamma and temperature of the training.
     """
     if not curves or curves[-1]["train_kl"] is None or not curves[-1]["train_ce"] > 0:
         return None
+    alpha = settings["gamma"] * settings["temperature"]
     return float(100.0 * alpha * curves[-1]["train_kl"] / curves[-1]["train_ce"])

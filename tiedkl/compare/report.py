@@ -125,7 +125,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], co
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "tokens_per_second_range": [min(by_epoch), max(by_epoch)] if by_epoch else None,
         "seconds": sum(run.result["seconds"] for run in runs),
-        "kl_share": kl_share(mean_curves(done), config["gamma"] * config["temperature"]),
+        "kl_share": kl_share(mean_curves(done), config),
         "curves": mean_curves(kept or runs),
         "runs": [{"seed": run.seed, **run.result} for run in runs],
     }  # fmt: skip

@@ -11,7 +11,7 @@ from .tables import number, span
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
 # per cent of cross-entropy; LSTMs (examples/ptb) with alpha * KL up to 1.4% came out within a per cent of those without
-# the loss, with 2.7 to 9% better, and failed from 12%
+# the loss, with 1.6 to 9% better, and failed from 12%
 FAINT, STRONG = 2.0, 10.0
 YES = (
     f"with two seeds or more the variant is better by {MARGIN:.0f}% of perplexity or more, the 95% interval over seeds "

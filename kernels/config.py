@@ -31,11 +31,11 @@ class Row(NamedTuple):
 SAFE = Row(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))  # anything else, AMD included
 TILES = {  # (architecture, bytes per element)
     ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
-    ("sm_80", 4): Row(Tile(32, 64, 16, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_80", 4): Row(Tile(32, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
     ("sm_90", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 4)),
     ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_100", 4): Row(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_100", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
 }
 STORED = Tile(8, 128, 16, 8, 1)  # of products that are read from memory, a row to a warp; the depth is of no meaning
 INTERPRETER = Tile(256, 512, 128, 1, 1)  # an interpreted operation takes as long on a large tile as on a small one

@@ -15,7 +15,7 @@ def _reduce(x):
     n = t - 12582912.0
     r = n * -0.693359375 + x  # exact: few bits
     r = n * 2.12194440e-4 + r
-    scale = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    scale = ((t.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # without a conversion
     return r, scale
 
 

@@ -69,8 +69,7 @@ def compare(z, s, q, top, tops, offset, offset_low, inv_total_t, inv_t):
     # q expm1(x) would give r the rounding of x where r exceeds q, and overflow beyond: r itself there.
     r = exp(at_least((z - top[:, None]) * inv_t, FLOOR)) * inv_total_t[:, None]
     r_minus_q = tl.where(near, q * value, r - q)
-    q_x = tl.where(q > 0, q * x, 0.0)
-    return x, r_minus_q, tl.where(near, q * (excess + (bounded - x)), r_minus_q - q_x)
+    return x, r_minus_q, tl.where(near, q * (excess + (bounded - x)), r_minus_q - q * x)
 
 
 @triton.jit
@@ -110,35 +109,35 @@ def finish_columns(
         u, mean, top, coef_p, coef_p_low, constant, on_target, coef_r, tops, offset, offset_low, inv_total_t, ms,
         inv_sum_s, x_y,
     ) = row  # fmt: skip
-    cols = v0 + column
     col_mask = column < width
     place = n[:, None] * stride_grad + column[None, :]
     inside = (n < N)[:, None] & col_mask[None, :]
-    at_target = cols[None, :] == target[:, None]  # finish_tokens_kernel has closed this column
-    z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
+    seen = valid[:, None] & col_mask[None, :]
+    # What is not computed here: the target's column is closed by finish_tokens_kernel, whose values are 0 for no token.
+    closed = (column[None, :] == (target - v0).to(tl.int32)[:, None]) | (seen == 0)
+    z = finish_logits(z, bias, v0 + column, col_mask, softcap, HAS_BIAS, SOFTCAP)
     share = top * 0.0
     if KL:
-        seen = valid[:, None] & col_mask[None, :]
         s_tile = tl.load(s + u[:, None] * stride_s + column[None, :], mask=seen, other=0.0)
         q = exp(at_least((s_tile - ms[:, None]) * inv_t, FLOOR)) * inv_sum_s[:, None]
-        q = tl.where(seen, q, 0.0)
         x, r_minus_q, excess = compare(z, s_tile, q, top, tops, offset, offset_low, inv_total_t, inv_t)
         if SUM_KL:
-            share = tl.sum(tl.where(seen & (at_target == 0), excess, 0.0), 1)
+            share = tl.sum(tl.where(closed, 0.0, excess), 1)
         if TARGET:
-            x = tl.where(at_target, x_y[:, None], x)
+            x = tl.where(closed, x_y[:, None], x)
             tl.store(delta + place, coef_r[:, None] * (0.0 - x - mean[:, None]), mask=inside)
     if WRITE:
         p = exp(at_least(z - top[:, None], FLOOR))
         out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
         if KL:
             out += r_minus_q * coef_r[:, None]
-        out = tl.where(at_target, on_target[:, None], out)
         if SOFTCAP:
             # Exactly 1 where tanh saturates, so that the gradient is exactly 0; a float32 `/` is off by up to 2 ulp.
             ratio = tl.math.div_rn(z, softcap)
-            out *= 1.0 - ratio * ratio
-        out = tl.where(valid[:, None], out, 0.0)
+            out = tl.where(closed, on_target[:, None], out) * (1.0 - ratio * ratio)
+            out = tl.where(valid[:, None], out, 0.0)  # a NaN of the bias has passed through the ratio
+        else:
+            out = tl.where(closed, on_target[:, None], out)
         tl.store(grad + place, out.to(grad.dtype.element_ty), mask=inside)
     return share
 
@@ -182,11 +181,10 @@ def gradient_kernel(
     """Grid token tiles x column tiles, in the order of tile_of."""
     tile, tile_v = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(width, BLOCK_V))
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tile_v * BLOCK_V
+    first = (tile_v * BLOCK_V).to(tl.int32)  # columns in 32 bits: a comparison of 64 takes two instructions
     target = tl.load(y + n, mask=n < N, other=-1)
     valid = target >= 0
     column = first + tl.arange(0, BLOCK_V)
-    cols = v0 + column
     if tl.max(valid.to(tl.int32), 0) == 0:
         if WRITE:
             zeros = tl.zeros((BLOCK_N, BLOCK_V), grad.dtype.element_ty)
@@ -201,6 +199,7 @@ def gradient_kernel(
             inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
         )  # fmt: skip
     else:
+        cols = v0 + column.to(tl.int64)
         z = product_tile(h, n, valid, stride_h, w, cols, column < width, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
         # Once, and not for each part: fewer loads and registers, and compiled in four fifths of the time.
         row = row_values(n, valid, which, rows, terms, N)

@@ -59,12 +59,14 @@ def add_columns(
     others = col_mask[None, :] & (cols[None, :] != target[:, None])
     top = tl.maximum(m, tl.max(tl.where(others, z, LOWEST), 1))
     shift = at_least(m - top, FLOOR)
-    d = at_least(z - top[:, None], FLOOR)
-    scale, e = exp(shift), tl.where(others, exp(d), 0.0)
-    weighted = scale * (weighted + shift * total) + tl.sum(e * tl.where(others, d, 0.0), 1)
+    # What is left out counts as e^-87 of the largest, as does all that is as small: less than any rounding.
+    z = tl.where(others, z - top[:, None], float("-inf"))
+    d = at_least(z, FLOOR)
+    scale, e = exp(shift), exp(d)
+    weighted = scale * (weighted + shift * total) + tl.sum(e * d, 1)
     total, lost = add(scale * total, scale * lost, tl.sum(e, 1))
     if KL:
-        e_t = tl.where(others, exp(at_least((z - top[:, None]) * inv_t, FLOOR)), 0.0)
+        e_t = exp(at_least(z * inv_t, FLOOR))
         scale_t = exp(at_least((m - top) * inv_t, FLOOR))
         total_t, lost_t = add(scale_t * total_t, scale_t * lost_t, tl.sum(e_t, 1))
     return top, total, lost, total_t, lost_t, weighted, plain, zy

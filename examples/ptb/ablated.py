@@ -63,6 +63,10 @@ class AblatedTrainer(Trainer):
             call["target_weight"] = model.embedding.weight
         return call
 
+    def _capturable(self, call: Any) -> bool:
+        """A CUDA graph would keep the first temperature."""
+        return "temperatures" not in self.options and super()._capturable(call)
+
     def _train_step(self) -> None:
         if "temperatures" in self.options:
             self._set_loss()

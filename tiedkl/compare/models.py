@@ -91,6 +91,12 @@ class VariantLoss(nn.Module):
             call["target_weight"] = model.embedding.weight.detach()
         return call
 
+    def impl(self, model: LanguageModel, n_tokens: int) -> str:
+        """The backend that a window of `n_tokens` tokens takes."""
+        hidden = model.weight.new_empty(n_tokens, model.weight.shape[1], requires_grad=True)
+        target = torch.zeros(n_tokens, dtype=torch.int64, device=hidden.device)
+        return tiedkl.explain(**self.inputs(model, hidden, target), **self.arguments, reduction="sum").impl
+
     def forward(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> Any:
         """hidden (T, B, D), target (T, B) -> TiedLossOutput."""
         return self.loss(**self.inputs(model, hidden, target))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from .models import LanguageModel, VariantLoss
 from .settings import CompareError, Variant, of_variant
 
 Event = Literal["step", "epoch", "done"]
+WARM_UPS = 3  # steps before a CUDA graph is captured
 ADDED = {"test_losses": None, "diverged": False}  # missing in checkpoints of earlier versions
 
 
@@ -58,6 +59,52 @@ def perplexity(ce: float) -> float:
     return math.exp(ce) if ce < 700 else math.inf
 
 
+class CapturedStep:
+    """Forward and backward of a window as one CUDA graph.
+
+    A loop over time steps is a thousand small kernels, which take longer to launch than to run. A replay draws new
+    dropout masks, the same as without a graph, and leaves its gradients in the parameters' `grad`.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., tuple[Tensor, Tensor, State]],
+        model: LanguageModel,
+        generator: torch.Generator,
+        call: tuple[Tensor, Tensor, State],
+    ) -> None:
+        inputs, targets, carried = call
+        self.inputs, self.targets = inputs.clone(), targets.clone()
+        self.carried: State = [(h.clone(), c.clone()) for h, c in carried]
+        self.parameters = list(model.parameters())
+        before = generator.get_state()
+        here, side = torch.cuda.current_stream(inputs.device), torch.cuda.Stream(inputs.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):  # kernels compile, libraries take their workspaces
+                work(self.inputs, self.targets, self.carried)
+        here.wait_stream(side)
+        generator.set_state(before)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.result = work(self.inputs, self.targets, self.carried)
+        self.gradients = [p.grad for p in self.parameters]
+
+    def __call__(self, call: tuple[Tensor, Tensor, State]) -> tuple[Tensor, Tensor, State]:
+        """CE, KL and the state to carry on, which the next call overwrites."""
+        inputs, targets, carried = call
+        self.inputs.copy_(inputs)
+        self.targets.copy_(targets)
+        for mine, given in zip(self.carried, carried, strict=True):
+            for to, value in zip(mine, given, strict=True):
+                to.copy_(value)
+        self.graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+            p.grad = gradient
+        return self.result
+
+
 class Trainer:
     """One variant on its way; `state_dict` and `load_state_dict` hold everything that changes."""
 
@@ -76,6 +123,7 @@ class Trainer:
         self.steps_per_epoch = -(-len(data.train[0]) // settings["bptt"])
         self.epoch = self.step = 0
         self.carried: State = []
+        self.captured: CapturedStep | None = None
         self.sums = {"ce": 0.0, "kl": 0.0, "tokens": 0, "seconds": 0.0}  # of the epoch under way
         self.seconds = 0.0  # of training and evaluation so far
         self.trained = {"tokens": 0, "seconds": 0.0}  # so far, evaluation left out
@@ -131,21 +179,39 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
         window = slice(self.step * bptt, (self.step + 1) * bptt)
+        call = inputs[window], targets[window], self.carried
         self.model.train()
-        hidden, carried = self.model(inputs[window], self.carried, self.generator)
-        terms = self.loss(self.model, hidden, targets[window])
-        n_tokens = int((targets[window] >= 0).sum())
-        self.optimizer.zero_grad(set_to_none=True)
-        (terms.loss / (n_seq if self.is_lstm else max(1, n_tokens))).backward()
+        if self._capturable(call):
+            if self.captured is None:
+                self.captured = CapturedStep(self._forward_backward, self.model, self.generator, call)
+            ce, kl, carried = self.captured(call)
+        else:
+            ce, kl, carried = self._forward_backward(*call)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["clip"])
         self.optimizer.step()
         self.carried, self.step = carried, self.step + 1
-        seconds = time.perf_counter() - began
-        added = {"ce": float(terms.ce), "kl": float(terms.kl), "tokens": n_tokens, "seconds": seconds}
+        n_tokens = int((targets[window] >= 0).sum())
+        added = {"ce": float(ce), "kl": float(kl), "tokens": n_tokens}  # waits for a GPU
+        seconds = added["seconds"] = time.perf_counter() - began
         self.sums = {name: value + added[name] for name, value in self.sums.items()}
         self.trained["tokens"] += n_tokens
         self.trained["seconds"] += seconds
         self.seconds += seconds
+
+    def _forward_backward(self, inputs: Tensor, targets: Tensor, carried: State) -> tuple[Tensor, Tensor, State]:
+        """Gradients of a window; its CE and KL, each summed over its tokens, and the state to carry on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        hidden, carried = self.model(inputs, carried, self.generator)
+        terms = self.loss(self.model, hidden, targets)
+        items = inputs.shape[1] if self.is_lstm else (targets >= 0).sum().clamp(min=1)
+        (terms.loss / items).backward()
+        return terms.ce, terms.kl, carried
+
+    def _capturable(self, call: tuple[Tensor, Tensor, State]) -> bool:
+        """Whether a CUDA graph may hold the step: on a GPU, of a whole window, with a loss that waits for nothing."""
+        if self.device.type != "cuda" or len(call[0]) != self.settings["bptt"]:
+            return False
+        return self.captured is not None or self.loss.impl(self.model, call[0].numel()) in ("triton", "cuda")
 
     def _end_epoch(self) -> None:
         began = time.perf_counter()

@@ -1,0 +1,52 @@
+"""The training of `tiedkl compare` on a GPU: a step as a CUDA graph is the step without one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tiedkl.compare.settings import VARIANTS, Settings
+from tiedkl.compare.training import Data, Trainer
+
+STEPS, BATCH, BPTT, WORDS = 7, 4, 6, 60
+DEVICE = torch.device("cuda")
+MODELS: dict[str, dict[str, Any]] = {
+    "lstm": {"model": "lstm", "hidden": 32, "layers": 2},
+    "transformer": {"model": "transformer", "hidden": 32, "layers": 2},
+}
+
+
+def trainer(model: str, variant: str) -> Trainer:
+    settings = Settings(batch=BATCH, bptt=BPTT, dropout=0.3, epochs=2, **MODELS[model]).resolved(1000)
+    g = torch.Generator().manual_seed(0)
+    last = (STEPS - 1) * BPTT + 2  # the last window is a short one
+    split = tuple(torch.randint(WORDS, (last, BATCH), generator=g).to(DEVICE) for _ in range(2))
+    return Trainer(VARIANTS[variant], settings, Data(WORDS, split, split, split), DEVICE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", ["al", "real"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_captured_step_is_the_step(model: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two epochs, dropout masks included; and interrupted, in a new trainer."""
+    captured = trainer(model, variant)
+    events = captured.run()
+    for _ in range(STEPS + 4):
+        next(events)
+    assert captured.captured is not None
+    resumed = trainer(model, variant)
+    resumed.load_state_dict(copy.deepcopy(captured.state_dict()))
+    for each in (events, resumed.run()):
+        assert list(each)[-1] == "done"
+    monkeypatch.setattr(Trainer, "_capturable", lambda self, call: False)
+    plain = trainer(model, variant)
+    assert list(plain.run())[-1] == "done"
+    assert plain.captured is None
+    for other in (captured, resumed):
+        for a, b in zip(other.curves, plain.curves, strict=True):
+            assert a["train_ce"] == pytest.approx(b["train_ce"], rel=1e-4)
+            assert a["valid_ppl"] == pytest.approx(b["valid_ppl"], rel=1e-4)
+        for p, q in zip(other.model.parameters(), plain.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)

@@ -10,13 +10,18 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Of a product x w^T: rows of x, rows of w, and columns of both that one step loads."""
+    """Of a product x w^T: rows of x, rows of w, and columns of both that one step loads.
+
+    Where `resident` programs share a multiprocessor, one works on its logits while another multiplies; the compiler is
+    held to their share of the registers.
+    """
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    resident: int = 1
 
 
 class Row(NamedTuple):
@@ -32,12 +37,13 @@ SAFE = Row(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))  # anything else, AMD
 TILES = {  # (architecture, bytes per element)
     ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
     ("sm_80", 4): Row(Tile(32, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
-    ("sm_90", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    ("sm_90", 2): Row(Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 2)),
     ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 4)),
     ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
     ("sm_100", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
 }
-STORED = Tile(8, 128, 16, 8, 1)  # of products that are read from memory, a row to a warp; the depth is of no meaning
+# Of products that are read from memory, a row to a program of one warp; the depth is of no meaning.
+STORED = Row(Tile(1, 1024, 16, 1, 1), Tile(1, 1024, 16, 1, 1))
 INTERPRETER = Tile(256, 512, 128, 1, 1)  # an interpreted operation takes as long on a large tile as on a small one
 SMALL_ROWS = 64  # rows per program of the kernels that close the sums; at 128 ptxas spills on sm_100
 

@@ -1,11 +1,18 @@
 """exp and expm1 to about one ulp: `tl.exp` multiplies by log2 e in float32, which costs |x| ulp, and there is no expm1.
 
 The arithmetic and the polynomials are those of csrc/cpu/vec_math.h: x = n ln 2 + r, e^r = 1 + r + r^2 Q(r).
-Some dozen fused multiply-adds an element; a GPU's exponential units are no faster at full precision.
+Some dozen fused multiply-adds an element; a GPU's exponential units are no faster at full precision. Where the inputs
+have 16 bits, and what is exponentiated is no difference of near numbers, their 2 ulp are enough: FAST.
 """
+
+import os
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.44269504088896341)
+NEAR = tl.constexpr(0.7)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
 
 
 @triton.jit
@@ -29,6 +36,35 @@ def exp(x):
     q = q * r + 4.9999994039535522e-1
     e = (q * r) * r + r
     return scale * e + scale
+
+
+@triton.jit
+def power_of_two(x):
+    """2^x to 2 ulp, 0 where it would be subnormal: what a GPU's exponential unit gives."""
+    if INTERPRETED:
+        e = tl.exp2(x)
+    else:
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return e
+
+
+@triton.jit
+def power(x, low, FAST: tl.constexpr):
+    """e^max(x, low), NaN where x is NaN, for low >= -87, x <= 88: to an ulp.
+
+    FAST: e^x to 2 ulp and the |x| ulp of a product.
+    """
+    return power_of_two(x * LOG2_E) if FAST else exp(tl.where(x < low, low, x))
+
+
+@triton.jit
+def excess_near_zero(x):
+    """(e^x - 1 - x) / x^2 for |x| <= NEAR; relative error 2.4e-7."""
+    p = x * 1.990844904e-4 + 1.4071572805e-3
+    p = p * x + 8.333791047e-3
+    p = p * x + 4.166332632e-2
+    p = p * x + 1.6666658223e-1
+    return p * x + 5.000001192e-1
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tiedkl.problem import Problem
 
-from .exponential import exp, expm1
-from .launch import Targets, launch
+from .exponential import LOG2_E, NEAR, excess_near_zero, exp, expm1, power, power_of_two
+from .launch import Targets, fast, launch
 from .stats import FLOOR, add
 from .tile import at_least, finish_logits, halves, product_tile, stored_tile, tile_of
 
@@ -67,9 +67,24 @@ def compare(z, s, q, top, tops, offset, offset_low, inv_total_t, inv_t):
     bounded = tl.where(x < LOWEST_X, LOWEST_X, tl.where(near, x, 1.0))
     value, excess = expm1(bounded)
     # q expm1(x) would give r the rounding of x where r exceeds q, and overflow beyond: r itself there.
-    r = exp(at_least((z - top[:, None]) * inv_t, FLOOR)) * inv_total_t[:, None]
+    r = power((z - top[:, None]) * inv_t, FLOOR, False) * inv_total_t[:, None]
     r_minus_q = tl.where(near, q * value, r - q)
     return x, r_minus_q, tl.where(near, q * (excess + (bounded - x)), r_minus_q - q * x)
+
+
+@triton.jit
+def compare_fast(z, s, top, ms, offset, log_inv_total_t, log_inv_sum_s, inv_t):
+    """The same for inputs of 16 bits, a third of the operations; the last two rows are logarithms to base 2.
+
+    r - q of near r and q is off by their 2 ulp, far less than the rounding of G. Their divergence is a polynomial.
+    """
+    d, d_s, base = z - top[:, None], s - ms[:, None], inv_t * LOG2_E
+    r = power_of_two(d * base + log_inv_total_t[:, None])
+    q = power_of_two(d_s * base + log_inv_sum_s[:, None])
+    x = (d - d_s) * inv_t + offset[:, None]
+    r_minus_q, qx = r - q, q * x
+    excess = tl.where(tl.abs(x) < NEAR, (qx * x) * excess_near_zero(x), r_minus_q - qx)
+    return x, r_minus_q, excess
 
 
 @triton.jit
@@ -100,45 +115,84 @@ def row_values(n, valid, which, rows, terms, N):
 
 @triton.jit
 def finish_columns(
-    z, column, n, target, valid, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad, inv_t, softcap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr, WRITE: tl.constexpr,
-    TARGET: tl.constexpr,
+    z, column, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad, inv_t,
+    softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr,
+    WRITE: tl.constexpr, TARGET: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """What gradient_kernel does with columns `column` of a block, given their products z. Returns their share of KL."""
+    """What gradient_kernel does with columns `column` of a block, given their products z. Returns their share of KL.
+
+    Of a tile that is not `special` every column is inside the block and nobody's target, and every row gives numbers.
+    """
     (
         u, mean, top, coef_p, coef_p_low, constant, on_target, coef_r, tops, offset, offset_low, inv_total_t, ms,
         inv_sum_s, x_y,
     ) = row  # fmt: skip
-    col_mask = column < width
     place = n[:, None] * stride_grad + column[None, :]
-    inside = (n < N)[:, None] & col_mask[None, :]
-    seen = valid[:, None] & col_mask[None, :]
-    # What is not computed here: the target's column is closed by finish_tokens_kernel, whose values are 0 for no token.
-    closed = (column[None, :] == (target - v0).to(tl.int32)[:, None]) | (seen == 0)
-    z = finish_logits(z, bias, v0 + column, col_mask, softcap, HAS_BIAS, SOFTCAP)
+    z = finish_logits(z, bias, v0 + column, column < width, softcap, HAS_BIAS, SOFTCAP)
     share = top * 0.0
+    x, r_minus_q, excess, p = z, z, z, z  # each replaced where it is used
     if KL:
-        s_tile = tl.load(s + u[:, None] * stride_s + column[None, :], mask=seen, other=0.0)
-        q = exp(at_least((s_tile - ms[:, None]) * inv_t, FLOOR)) * inv_sum_s[:, None]
-        x, r_minus_q, excess = compare(z, s_tile, q, top, tops, offset, offset_low, inv_total_t, inv_t)
-        if SUM_KL:
-            share = tl.sum(tl.where(closed, 0.0, excess), 1)
-        if TARGET:
-            x = tl.where(closed, x_y[:, None], x)
-            tl.store(delta + place, coef_r[:, None] * (0.0 - x - mean[:, None]), mask=inside)
+        # Rows of s are as long as whole vectors, and its last tile may go beyond the block: of no meaning there.
+        s_tile = tl.load(s + u[:, None] * stride_s + column[None, :], mask=(column < stride_s)[None, :], other=0.0)
+        if FAST:
+            x, r_minus_q, excess = compare_fast(
+                z, s_tile, top, ms, offset, tl.log2(inv_total_t), tl.log2(inv_sum_s), inv_t
+            )
+        else:
+            q = power((s_tile - ms[:, None]) * inv_t, FLOOR, False) * inv_sum_s[:, None]
+            x, r_minus_q, excess = compare(z, s_tile, q, top, tops, offset, offset_low, inv_total_t, inv_t)
     if WRITE:
-        p = exp(at_least(z - top[:, None], FLOOR))
-        out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
+        p = power(z - top[:, None], FLOOR, FAST)
+        if FAST:
+            out = p * coef_p[:, None] - constant[:, None]
+        else:
+            out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
         if KL:
             out += r_minus_q * coef_r[:, None]
+    else:
+        out = z
+    if special:
+        # What is not computed here: the target's column is closed by finish_tokens_kernel, whose values are 0 for no
+        # token; nothing is beyond the block.
+        outside = (column >= width)[None, :] | (valid == 0)[:, None]
+        closed = (column[None, :] == (target - v0).to(tl.int32)[:, None]) | outside
+        if KL:
+            excess = tl.where(closed, 0.0, excess)
+            if TARGET:
+                x = tl.where(closed, x_y[:, None], x)
+        if WRITE:
+            out = tl.where(closed, on_target[:, None], out)
+    if SUM_KL:
+        share = tl.sum(excess, 1)
+    inside = (n < N)[:, None] & (column < width)[None, :]
+    if TARGET:
+        tl.store(delta + place, coef_r[:, None] * (0.0 - x - mean[:, None]), mask=inside)
+    if WRITE:
         if SOFTCAP:
             # Exactly 1 where tanh saturates, so that the gradient is exactly 0; a float32 `/` is off by up to 2 ulp.
             ratio = tl.math.div_rn(z, softcap)
-            out = tl.where(closed, on_target[:, None], out) * (1.0 - ratio * ratio)
+            out = out * (1.0 - ratio * ratio)
             out = tl.where(valid[:, None], out, 0.0)  # a NaN of the bias has passed through the ratio
-        else:
-            out = tl.where(closed, on_target[:, None], out)
         tl.store(grad + place, out.to(grad.dtype.element_ty), mask=inside)
+    return share
+
+
+@triton.jit
+def finish_halves(
+    z, column, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad, inv_t,
+    softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, SUM_KL: tl.constexpr,
+    WRITE: tl.constexpr, TARGET: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """finish_columns of the left half of z, then of the right one: `column` are those of the left."""
+    left, right = halves(z)
+    share = finish_columns(
+        left, column, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
+        inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
+    )  # fmt: skip
+    share += finish_columns(
+        right, column + z.shape[1] // 2, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s,
+        stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
+    )  # fmt: skip
     return share
 
 
@@ -172,6 +226,7 @@ def gradient_kernel(
     WRITE: tl.constexpr,  # G
     TARGET: tl.constexpr,  # delta
     STORED: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -191,39 +246,45 @@ def gradient_kernel(
             inside = (n < N)[:, None] & (column < width)[None, :]
             tl.store(grad + n[:, None] * stride_grad + column[None, :], zeros, mask=inside)
         return
+    # A row of no token has coefficients of 0, which an infinite logit would make NaN.
+    place = target - v0 - first
+    here = (place >= 0) & (place < BLOCK_V)
+    if HAS_BIAS or SOFTCAP:
+        here |= valid == 0
+    special = (tl.max(here.to(tl.int32), 0) != 0) | (first + BLOCK_V > width)
     if STORED:  # G may overwrite the products: a program reads its tile before it writes there
         z = stored_tile(h, n, valid, stride_h, column)
         row = row_values(n, valid, which, rows, terms, N)
         share = finish_columns(
-            z, column, n, target, valid, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
-            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+            z, column, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
+            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
         )  # fmt: skip
     else:
         cols = v0 + column.to(tl.int64)
         z = product_tile(h, n, valid, stride_h, w, cols, column < width, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
         # Once, and not for each part: fewer loads and registers, and compiled in four fifths of the time.
         row = row_values(n, valid, which, rows, terms, N)
-        # A quarter of the columns at a time: all at once, logits, similarities and both distributions exceed the
+        # An eighth of the columns at a time: all at once, logits, similarities and both distributions exceed the
         # registers.
         left, right = halves(z)
         z0, z1 = halves(left)
-        part = first + tl.arange(0, BLOCK_V // 4)
-        share = finish_columns(
-            z0, part, n, target, valid, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
-            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        part = first + tl.arange(0, BLOCK_V // 8)
+        share = finish_halves(
+            z0, part, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
+            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
         )  # fmt: skip
-        share += finish_columns(
-            z1, part + BLOCK_V // 4, n, target, valid, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
-            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        share += finish_halves(
+            z1, part + BLOCK_V // 4, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s,
+            stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
         )  # fmt: skip
         z2, z3 = halves(right)
-        share += finish_columns(
-            z2, part + BLOCK_V // 2, n, target, valid, bias, s, row, grad, delta, N, v0, width, stride_s, stride_grad,
-            inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        share += finish_halves(
+            z2, part + BLOCK_V // 2, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s,
+            stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
         )  # fmt: skip
-        share += finish_columns(
-            z3, part + BLOCK_V // 4 * 3, n, target, valid, bias, s, row, grad, delta, N, v0, width, stride_s,
-            stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET,
+        share += finish_halves(
+            z3, part + BLOCK_V // 4 * 3, n, target, valid, special, bias, s, row, grad, delta, N, v0, width, stride_s,
+            stride_grad, inv_t, softcap, HAS_BIAS, SOFTCAP, KL, SUM_KL, WRITE, TARGET, FAST,
         )  # fmt: skip
     if SUM_KL:
         kl += tile_v * N + n
@@ -306,7 +367,7 @@ def gradient_block(
 
     What is None is not wanted. `z` (N, V) float32 may hold the products h w^T; `grad` may be the same memory.
     """
-    tile, constants = launch(p.h, gradient_pass=True, stored=z is not None)
+    tile, constants = launch(p.h, gradient_pass=True, stored=z is not None, whole=p.options.softcap != 0)
     x = p.h if z is None else z
     width = columns.stop - columns.start
     some = rows  # in the place of what is not there
@@ -316,8 +377,8 @@ def gradient_block(
         some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, width,
         p.h.shape[1], x.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t,
         p.options.softcap, HAS_BIAS=p.b is not None, SOFTCAP=p.options.softcap != 0, KL=s is not None,
-        SUM_KL=kl is not None,
-        WRITE=grad is not None, TARGET=delta is not None, STORED=z is not None, **constants,
+        SUM_KL=kl is not None, WRITE=grad is not None, TARGET=delta is not None, STORED=z is not None,
+        FAST=fast(p.h), **constants,
     )  # fmt: skip
 
 

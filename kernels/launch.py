@@ -13,6 +13,8 @@ from . import config
 from .config import Tile, tiles
 from .tile import INTERPRETED
 
+REGISTERS, MOST_REGISTERS = 1 << 16, 255  # of a multiprocessor, of a thread
+
 
 @functools.cache
 def architecture(device: torch.device) -> str:
@@ -39,10 +41,25 @@ class Launch(NamedTuple):
     constants: dict[str, Any]  # constexpr arguments that follow from the tile
 
 
-def launch(x: Tensor, gradient_pass: bool, stored: bool = False) -> Launch:
+def compiler_options(tile: Tile, whole: bool = False) -> dict[str, int]:
+    """What Triton is to compile a tile with; `whole`: a kernel that needs more than its share of the registers."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.resident > 1 and not whole:
+        share = REGISTERS // (32 * tile.warps * tile.resident)
+        options["maxnreg"] = min(MOST_REGISTERS, share // 8 * 8)
+    return options
+
+
+def fast(x: Tensor) -> bool:
+    """Whether the exponential unit's precision is enough for inputs of this dtype."""
+    return x.element_size() == 2 and not torch.version.hip
+
+
+def launch(x: Tensor, gradient_pass: bool, stored: bool = False, whole: bool = False) -> Launch:
     """For products of x (rows, D) with rows of a matrix of the same width and dtype, or for tiles of stored ones."""
     arch = architecture(x.device)
-    tile = config.STORED if stored and arch != "interpreter" else tiles(arch, x.element_size())[gradient_pass]
+    row = config.STORED if stored and arch != "interpreter" else tiles(arch, x.element_size())
+    tile = row[gradient_pass]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this has been set
     return Launch(
         tile,
@@ -52,20 +69,20 @@ def launch(x: Tensor, gradient_pass: bool, stored: bool = False) -> Launch:
             "BLOCK_D": tile.depth,
             "EVEN_D": x.shape[1] % tile.depth == 0,
             "PRECISION": "tf32" if x.dtype == torch.float32 and tf32 and not torch.version.hip else "ieee",
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
+            **compiler_options(tile, whole),
         },
     )
 
 
 def splits(row_tiles: int, vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """(splits of the vocabulary, tiles per split): some four programs a multiprocessor, few idle at the end."""
-    tiles, wanted = triton.cdiv(vocab, tile.cols), triton.cdiv(4 * processors(device), row_tiles)
+    places = processors(device) * tile.resident
+    tiles, wanted = triton.cdiv(vocab, tile.cols), triton.cdiv(max(4 * processors(device), places), row_tiles)
 
     def busy(n: int) -> float:
-        """Share of the multiprocessors' time that n splits use, one program on each at a time."""
+        """Share of the multiprocessors' time that n splits use."""
         programs = row_tiles * n
-        return programs / (triton.cdiv(programs, processors(device)) * processors(device))
+        return programs / (triton.cdiv(programs, places) * places)
 
     best = max(range(max(1, wanted // 2), max(2, wanted * 3 // 2)), key=busy)
     share = triton.cdiv(tiles, min(best, tiles))

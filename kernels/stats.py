@@ -24,8 +24,8 @@ from torch import Tensor
 from tiedkl.problem import Problem
 
 from .config import SMALL_ROWS
-from .exponential import exp
-from .launch import Targets, launch, splits
+from .exponential import exp, power
+from .launch import Targets, fast, launch, splits
 from .tile import at_least, finish_logits, halves, product_tile, stored_tile, tile_of
 
 LOWEST = tl.constexpr(-3.0e38)
@@ -47,29 +47,53 @@ def add(total, lost, x):
 
 @triton.jit
 def add_columns(
-    z, cols, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, KL: tl.constexpr,
+    z, cols, end, target, special, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, KL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The running sums with columns `cols` taken in, given their products z; `lost` is what roundings lost."""
-    col_mask = cols < end
-    z = finish_logits(z, bias, cols, col_mask, softcap, HAS_BIAS, SOFTCAP)
-    zy += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
-    if SMOOTHING:
-        plain += tl.sum(tl.where(col_mask[None, :], z, 0.0), 1)
-    others = col_mask[None, :] & (cols[None, :] != target[:, None])
-    top = tl.maximum(m, tl.max(tl.where(others, z, LOWEST), 1))
+    """The running sums with columns `cols` taken in, given their products z; `lost` is what roundings lost.
+
+    Of columns that are not `special` none is a target's, and none beyond the vocabulary.
+    """
+    z = finish_logits(z, bias, cols, cols < end, softcap, HAS_BIAS, SOFTCAP)
+    if special:
+        inside = (cols < end)[None, :]
+        others = inside & (cols[None, :] != target[:, None])
+        zy += tl.sum(tl.where(inside ^ others, z, 0.0), 1)
+        if SMOOTHING:
+            plain += tl.sum(tl.where(inside, z, 0.0), 1)
+        # What is left out counts as e^-87 of the largest, as does all that is as small: less than any rounding.
+        z = tl.where(others, z, float("-inf"))
+    elif SMOOTHING:
+        plain += tl.sum(z, 1)
+    top = tl.maximum(m, tl.max(z, 1))
     shift = at_least(m - top, FLOOR)
-    # What is left out counts as e^-87 of the largest, as does all that is as small: less than any rounding.
-    z = tl.where(others, z - top[:, None], float("-inf"))
+    z -= top[:, None]
     d = at_least(z, FLOOR)
-    scale, e = exp(shift), exp(d)
+    scale, e = exp(shift), power(d, FLOOR, FAST)
     weighted = scale * (weighted + shift * total) + tl.sum(e * d, 1)
     total, lost = add(scale * total, scale * lost, tl.sum(e, 1))
     if KL:
-        e_t = exp(at_least(z * inv_t, FLOOR))
+        e_t = power(z * inv_t, FLOOR, FAST)
         scale_t = exp(at_least((m - top) * inv_t, FLOOR))
         total_t, lost_t = add(scale_t * total_t, scale_t * lost_t, tl.sum(e_t, 1))
     return top, total, lost, total_t, lost_t, weighted, plain, zy
+
+
+@triton.jit
+def add_halves(
+    z, cols, end, target, special, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, KL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """add_columns of the left half of z, then of the right one: `cols` are those of the left."""
+    left, right = halves(z)
+    m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
+        left, cols, end, target, special, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
+        HAS_BIAS, SOFTCAP, SMOOTHING, KL, FAST,
+    )  # fmt: skip
+    return add_columns(
+        right, cols + z.shape[1] // 2, end, target, special, bias, softcap, inv_t, m, total, lost, total_t, lost_t,
+        weighted, plain, zy, HAS_BIAS, SOFTCAP, SMOOTHING, KL, FAST,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "share"])
@@ -92,6 +116,7 @@ def token_stats_kernel(
     SMOOTHING: tl.constexpr,
     KL: tl.constexpr,
     STORED: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -113,24 +138,25 @@ def token_stats_kernel(
     end = tl.minimum(begin + share.to(tl.int64) * BLOCK_V, V)
     for v in range(begin, end, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
+        special = (tl.max(((target >= v) & (target < v + BLOCK_V)).to(tl.int32), 0) != 0) | (v + BLOCK_V > end)
         if STORED:
             z = stored_tile(h, n, valid, stride_h, cols)
             m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
-                z, cols, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
-                HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+                z, cols, end, target, special, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain,
+                zy, HAS_BIAS, SOFTCAP, SMOOTHING, KL, FAST,
             )  # fmt: skip
         else:
             z = product_tile(h, n, valid, stride_h, w, cols, cols < end, stride_w, D, BLOCK_D, EVEN_D, PRECISION)
-            # Half of the columns at a time, or the intermediate values would exceed the registers.
+            # A quarter of the columns at a time, or the intermediate values would exceed the registers.
             left, right = halves(z)
-            part = v + tl.arange(0, BLOCK_V // 2)
-            m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
-                left, part, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted, plain, zy,
-                HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+            part = v + tl.arange(0, BLOCK_V // 4)
+            m, total, lost, total_t, lost_t, weighted, plain, zy = add_halves(
+                left, part, end, target, special, bias, softcap, inv_t, m, total, lost, total_t, lost_t, weighted,
+                plain, zy, HAS_BIAS, SOFTCAP, SMOOTHING, KL, FAST,
             )  # fmt: skip
-            m, total, lost, total_t, lost_t, weighted, plain, zy = add_columns(
-                right, part + BLOCK_V // 2, end, target, bias, softcap, inv_t, m, total, lost, total_t, lost_t,
-                weighted, plain, zy, HAS_BIAS, SOFTCAP, SMOOTHING, KL,
+            m, total, lost, total_t, lost_t, weighted, plain, zy = add_halves(
+                right, part + BLOCK_V // 2, end, target, special, bias, softcap, inv_t, m, total, lost, total_t,
+                lost_t, weighted, plain, zy, HAS_BIAS, SOFTCAP, SMOOTHING, KL, FAST,
             )  # fmt: skip
     out += split * N + n
     step = n_splits.to(tl.int64) * N
@@ -158,6 +184,7 @@ def target_stats_kernel(
     inv_t,
     share,
     STORED: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -180,14 +207,16 @@ def target_stats_kernel(
     end = tl.minimum(begin + share.to(tl.int64) * BLOCK_V, V)
     for v in range(begin, end, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
-        col_mask = cols < end
         if STORED:
             x = stored_tile(s, u, valid, stride_s, cols)
         else:
-            x = product_tile(t, rows, valid, stride_t, t, cols, col_mask, stride_t, D, BLOCK_D, EVEN_D, PRECISION)
-        top = tl.maximum(m, tl.max(tl.where(col_mask[None, :], x, LOWEST), 1))
-        others = col_mask[None, :] & (cols[None, :] != rows[:, None])
-        e = tl.where(others, exp(at_least((x - top[:, None]) * inv_t, FLOOR)), 0.0)
+            x = product_tile(t, rows, valid, stride_t, t, cols, cols < end, stride_t, D, BLOCK_D, EVEN_D, PRECISION)
+        if v + BLOCK_V > end:
+            x = tl.where((cols < end)[None, :], x, float("-inf"))
+        top = tl.maximum(m, tl.max(x, 1))
+        e = power((x - top[:, None]) * inv_t, FLOOR, FAST)
+        if tl.max((valid & (rows >= v) & (rows < v + BLOCK_V)).to(tl.int32), 0) != 0:
+            e = tl.where(cols[None, :] == rows[:, None], 0.0, e)
         scale = exp(at_least((m - top) * inv_t, FLOOR))
         total, lost = add(scale * total, scale * lost, tl.sum(e, 1))
         m = top
@@ -416,7 +445,8 @@ def target_stats(t: Tensor, targets: Targets, inv_t: float, s: Tensor | None = N
     selves = _dots(t, targets.ids, t, targets.ids, None, 0.0)
     target_stats_kernel[(row_tiles * n_splits,)](
         t, sums if s is None else s, targets.ids, targets.count, sums, targets.capacity, *t.shape, t.stride(0),
-        0 if s is None else s.stride(0), inv_t, share, STORED=s is not None, **constants,
+        0 if s is None else s.stride(0), inv_t, share, STORED=s is not None, FAST=fast(t),
+        **constants,
     )  # fmt: skip
     finish_targets_kernel[(triton.cdiv(targets.capacity, SMALL_ROWS),)](
         sums, selves, targets.count, out, targets.capacity, n_splits, inv_t, BLOCK_N=SMALL_ROWS
@@ -437,7 +467,7 @@ def token_stats(
     `z` (N, V) float32 may hold the products h w^T.
     """
     o, (n, d), v = p.options, p.h.shape, len(p.w)
-    tile, constants = launch(p.h, gradient_pass=False, stored=z is not None)
+    tile, constants = launch(p.h, gradient_pass=False, stored=z is not None, whole=o.softcap != 0)
     row_tiles = triton.cdiv(n, tile.rows)
     n_splits, share = splits(row_tiles, v, tile, p.h.device)
     sums = p.h.new_empty(TOKEN_SUMS, n_splits, n, dtype=torch.float32)
@@ -448,7 +478,7 @@ def token_stats(
     token_stats_kernel[(row_tiles * n_splits,)](
         x, p.w, p.w if p.b is None else p.b, p.y, sums, n, v, d, x.stride(0), p.w.stride(0), inv_t, o.softcap, share,
         HAS_BIAS=p.b is not None, SOFTCAP=o.softcap != 0, SMOOTHING=o.label_smoothing != 0, KL=kl,
-        STORED=z is not None, **constants,
+        STORED=z is not None, FAST=fast(p.h), **constants,
     )  # fmt: skip
     some = sums  # in the place of what is not there
     zys = some if target_stats is None else _dots(p.h, None, p.w, p.y, p.b, o.softcap)

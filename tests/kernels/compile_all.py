@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import triton
-from tiedkl.kernels import config, grads, products, stats
+from tiedkl.kernels import config, grads, launch, products, stats
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -75,14 +75,22 @@ GRADIENT_OPTIONS = options(
 
 def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
     """Kernels without products of their own, in the dtypes that matter to them."""
-    tile = config.STORED
-    size = {"BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": True, "PRECISION": "ieee"}
-    yield stats.target_stats_kernel, "fp32", tile, {**size, "STORED": True}
-    for some in TOKEN_OPTIONS[:3]:
-        yield stats.token_stats_kernel, "fp32", tile, {**size, **some, "STORED": True}
+
+    def size_of(tile: config.Tile) -> dict[str, Any]:
+        return {
+            "BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": True, "PRECISION": "ieee",
+            "STORED": True,
+        }  # fmt: skip
+
+    tile, size = config.STORED.statistics, size_of(config.STORED.statistics)
+    for fast in (False, True):  # as the inputs' dtype is, which made the products
+        yield stats.target_stats_kernel, "fp32", tile, {**size, "FAST": fast}
+        for some in TOKEN_OPTIONS[: 1 if fast else 3]:
+            yield stats.token_stats_kernel, "fp32", tile, {**size, **some, "FAST": fast}
+    tile, size = config.STORED.gradient, size_of(config.STORED.gradient)
     for dtype in ("bf16", "fp16", "fp32"):
         for some in GRADIENT_OPTIONS[: 1 if dtype == "fp16" else 4]:
-            yield grads.gradient_kernel, dtype, tile, {**size, **some, "STORED": True}
+            yield grads.gradient_kernel, dtype, tile, {**size, **some}
         yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS, "TOKENS": grads.ROW_TOKENS}
         for some in options("HAS_ROWS HAS_BIAS SOFTCAP", "HAS_ROWS", "HAS_BIAS SOFTCAP"):
             size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}
@@ -144,7 +152,9 @@ def compile_once(source: ASTSource, target: GPUTarget, options: dict[str, int]) 
 def compile_at(architecture: str, index: int) -> str:
     """The line of one configuration."""
     kernel, dtype, tile, constants = next(islice(configurations(architecture), index, None))
-    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    if "FAST" in kernel.arg_names:
+        constants.setdefault("FAST", dtype != "fp32")
+    options = {} if tile is None else launch.compiler_options(tile, whole=constants.get("SOFTCAP", "INNER" in constants))
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)
     return json.dumps({

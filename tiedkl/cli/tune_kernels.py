@@ -21,7 +21,7 @@ from ..problem import Options, Problem
 DTYPES = ("bfloat16", "float16", "float32")
 PASSES = ("statistics", "gradient")
 SHARED_BYTES = 227 << 10  # of one block on Hopper; what a device refuses is skipped when it says so
-ACCUMULATORS = 128  # registers of a thread for the logits tile
+ACCUMULATORS = 128  # registers of a thread for the logits tile, where it can have all that there are
 STAGES = {128: (2, 3), 64: (3, 4), 32: (4, 5)}  # of each depth: about as much in flight
 BLOCKS = 4  # vocabulary blocks that a measurement of the gradient pass takes
 
@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--vocab", type=_positive, default=128256, metavar="V", help="(default %(default)s)")
     parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="(default %(default)s)")
     parser.add_argument(
-        "--tile", action="append", type=_tile, metavar="ROWSxCOLSxDEPTHxWARPSxSTAGES",
+        "--tile", action="append", type=_tile, metavar="ROWSxCOLSxDEPTHxWARPSxSTAGES[xRESIDENT]",
         help="measure these instead of the built-in candidates; repeatable",
     )  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, help="per tile (default %(default)s)")
@@ -59,23 +59,24 @@ def _tile(text: str) -> tuple[int, ...]:
     sizes = tuple(int(part) if part.isdecimal() else 0 for part in text.split("x"))
     rows, cols, depth, warps, *_ = (*sizes, 0, 0, 0, 0)
     powers = all(n > 0 and n & (n - 1) == 0 for n in (rows, cols, depth, warps))
-    if len(sizes) != 5 or not powers or sizes[4] < 1 or min(rows, depth) < 16 or cols < 64:
+    if len(sizes) not in (5, 6) or not powers or min(sizes[4:]) < 1 or min(rows, depth) < 16 or cols < 64:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not ROWSxCOLSxDEPTHxWARPSxSTAGES such as 128x128x64x8x4: powers of two but for the stages, "
-            "rows and depth at least 16, columns at least 64"
+            f"{text!r} is not ROWSxCOLSxDEPTHxWARPSxSTAGES such as 128x128x64x8x4, or with the programs that share a "
+            "multiprocessor, 128x128x64x8x3x2: powers of two but for the last, rows and depth at least 16, columns at "
+            "least 64"
         )
-    return sizes
+    return (*sizes, 1)[:6]
 
 
 def candidates(element_size: int) -> list[tuple[int, ...]]:
     """Tiles whose operands fit shared memory and whose accumulators fit the registers, largest first."""
     found: list[tuple[int, ...]] = []
     for rows, cols, depth, warps in itertools.product((256, 128, 64), (256, 128, 64), STAGES, (4, 8)):
-        for stages in STAGES[depth]:
+        for stages, resident in itertools.product(STAGES[depth], (1, 2)):
             shared = stages * (rows + cols) * depth * element_size
             registers = rows * cols / (32 * warps)
-            if shared <= SHARED_BYTES and 32 <= registers <= ACCUMULATORS:
-                found.append((rows, cols, depth, warps, stages))
+            if resident * shared <= SHARED_BYTES and 32 <= registers <= ACCUMULATORS / (resident * warps / 8):
+                found.append((rows, cols, depth, warps, stages, resident))
     return found
 
 
@@ -209,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"tiedkl tune-kernels: the Triton kernels cannot run on {device}: {why}", file=sys.stderr)
         return 2
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     tuner = Tuner(args.tokens, args.vocab, args.width, dtype, device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     tiles = args.tile or candidates(dtype.itemsize)
@@ -221,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
             right = getattr(tuner, which)()
             for i, tile in enumerate(tiles):
                 found = tuner.measure(which, tile, right, args.repeats)
-                name = f"{which:<10} {i + 1:3}/{len(tiles)}  {'x'.join(map(str, tile)):<17}"
+                name = f"{which:<10} {i + 1:3}/{len(tiles)}  {'x'.join(map(str, tile)):<19}"
                 if isinstance(found, str):
                     print(f"{name} skipped: {found}"[:140], flush=True)
                     continue

@@ -25,30 +25,39 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Tiles of the statistics pass and of the gradient pass, and where and when `tiedkl tune-kernels` measured them."""
+    """Tiles of the products of tokens in either pass, and of those of targets; where and when they were measured.
+
+    `tiedkl tune-kernels` measures them.
+    """
 
     statistics: Tile
     gradient: Tile
+    similarity: Tile
     gpu: str = "not measured"
     date: str = ""
 
 
-SAFE = Row(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))  # anything else, AMD included
+def alike(tile: Tile) -> Row:
+    """One tile for all."""
+    return Row(tile, tile, tile)
+
+
+SAFE = alike(Tile(64, 64, 32, 4, 2))  # anything else, AMD included
 TILES = {  # (architecture, bytes per element)
-    ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
-    ("sm_80", 4): Row(Tile(32, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
-    ("sm_90", 2): Row(Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 2)),
-    ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 4)),
-    ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-    ("sm_100", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    ("sm_80", 4): Row(Tile(32, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm_90", 2): Row(Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 2)),
+    ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
+    ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    ("sm_100", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
 }
 # Of products that are read from memory, a row to a program of one warp; the depth is of no meaning.
-STORED = Row(Tile(1, 1024, 16, 1, 1), Tile(1, 1024, 16, 1, 1))
-INTERPRETER = Tile(256, 512, 128, 1, 1)  # an interpreted operation takes as long on a large tile as on a small one
+STORED = alike(Tile(1, 1024, 16, 1, 1))
+# An interpreted operation takes as long on a large tile as on a small one.
+INTERPRETER = alike(Tile(256, 512, 128, 1, 1))
 SMALL_ROWS = 64  # rows per program of the kernels that close the sums; at 128 ptxas spills on sm_100
 
 
-def tiles(architecture: str, element_size: int) -> tuple[Tile, Tile]:
-    """Tiles of the statistics pass and of the gradient pass; the interpreter and unknown architectures have one."""
-    default = Row(INTERPRETER, INTERPRETER) if architecture == "interpreter" else SAFE
-    return TILES.get((architecture, element_size), default)[:2]
+def tiles(architecture: str, element_size: int) -> Row:
+    """The tiles for inputs of that many bytes; the interpreter and unknown architectures have one."""
+    return TILES.get((architecture, element_size), INTERPRETER if architecture == "interpreter" else SAFE)

@@ -337,7 +337,7 @@ def target_gradient_kernel(
 
 def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> None:
     """t[ids] t[columns]^T of the distinct targets into `out` (capacity, B) float32."""
-    tile, constants = launch(t, gradient_pass=True)
+    tile, constants = launch(t, "similarity")
     width = columns.stop - columns.start
     similarity_kernel[(triton.cdiv(targets.capacity, tile.rows) * triton.cdiv(width, tile.cols),)](
         t,
@@ -356,7 +356,7 @@ def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> No
 
 def column_tiles(h: Tensor, columns: int, stored: bool = False) -> int:
     """Slots of running KL sums that blocks of `columns` need."""
-    return triton.cdiv(columns, launch(h, gradient_pass=True, stored=stored).tile.cols)
+    return triton.cdiv(columns, launch(h, "gradient", stored=stored).tile.cols)
 
 
 def gradient_block(
@@ -367,7 +367,7 @@ def gradient_block(
 
     What is None is not wanted. `z` (N, V) float32 may hold the products h w^T; `grad` may be the same memory.
     """
-    tile, constants = launch(p.h, gradient_pass=True, stored=z is not None, whole=p.options.softcap != 0)
+    tile, constants = launch(p.h, "gradient", stored=z is not None, whole=p.options.softcap != 0)
     x = p.h if z is None else z
     width = columns.stop - columns.start
     some = rows  # in the place of what is not there

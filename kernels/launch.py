@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -55,11 +55,13 @@ def fast(x: Tensor) -> bool:
     return x.element_size() == 2 and not torch.version.hip
 
 
-def launch(x: Tensor, gradient_pass: bool, stored: bool = False, whole: bool = False) -> Launch:
+def launch(
+    x: Tensor, which: Literal["statistics", "gradient", "similarity"], stored: bool = False, whole: bool = False
+) -> Launch:
     """For products of x (rows, D) with rows of a matrix of the same width and dtype, or for tiles of stored ones."""
     arch = architecture(x.device)
     row = config.STORED if stored and arch != "interpreter" else tiles(arch, x.element_size())
-    tile = row[gradient_pass]
+    tile: Tile = getattr(row, which)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this has been set
     return Launch(
         tile,

@@ -68,7 +68,7 @@ def add_counted_product(out: Tensor, x: Tensor, y: Tensor, count: Tensor, inner:
 
     Rows of `out` and `y` are contiguous; x may be transposed.
     """
-    tile, constants = launch(y, gradient_pass=True, whole=True)
+    tile, constants = launch(y, "gradient", whole=True)
     (m, k), d = x.shape, y.shape[1]
     constants["EVEN_D"] = d % tile.cols == 0
     counted_product_kernel[(triton.cdiv(d, tile.cols), triton.cdiv(m, tile.rows))](

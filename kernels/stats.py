@@ -436,7 +436,7 @@ class TargetStats(NamedTuple):
 
 def target_stats(t: Tensor, targets: Targets, inv_t: float, s: Tensor | None = None) -> TargetStats:
     """Statistics of the rows t[ids] t^T, t (V, D), which `s` (capacity, V) float32 may hold."""
-    tile, constants = launch(t, gradient_pass=False, stored=s is not None)
+    tile, constants = launch(t, "similarity", stored=s is not None)
     row_tiles = triton.cdiv(targets.capacity, tile.rows)
     # On natural text a quarter of the tokens' targets are distinct; the other programs leave at once.
     n_splits, share = splits(triton.cdiv(row_tiles, 4), len(t), tile, t.device)
@@ -467,7 +467,7 @@ def token_stats(
     `z` (N, V) float32 may hold the products h w^T.
     """
     o, (n, d), v = p.options, p.h.shape, len(p.w)
-    tile, constants = launch(p.h, gradient_pass=False, stored=z is not None, whole=o.softcap != 0)
+    tile, constants = launch(p.h, "statistics", stored=z is not None, whole=o.softcap != 0)
     row_tiles = triton.cdiv(n, tile.rows)
     n_splits, share = splits(row_tiles, v, tile, p.h.device)
     sums = p.h.new_empty(TOKEN_SUMS, n_splits, n, dtype=torch.float32)

@@ -117,7 +117,10 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
         yield grads.gradient_kernel, "bf16", tile, {**product, **GRADIENT_OPTIONS[0], "STORED": False}
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
-            for first, tile in enumerate(config.tiles(architecture, size)):
+            row = config.tiles(architecture, size)
+            for which, tile in (
+                ("statistics", row.statistics), ("gradient", row.gradient), ("similarity", row.similarity)
+            ):  # fmt: skip
                 for even in (True, False) if dtype != "fp16" and precision == "ieee" else (True,):
                     product = {
                         "BLOCK_N": tile.rows, "BLOCK_V": tile.cols, "BLOCK_D": tile.depth, "EVEN_D": even,
@@ -125,12 +128,13 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
                     }  # fmt: skip
                     fewest = not even or precision == "tf32" or dtype == "fp16"
                     n_options = 1 if fewest else in_bf16 if dtype == "bf16" else 2
-                    if first == 0:
+                    if which == "similarity":
                         yield stats.target_stats_kernel, dtype, tile, {**product, "STORED": False}
+                        yield grads.similarity_kernel, dtype, tile, product
+                    elif which == "statistics":
                         for some in TOKEN_OPTIONS[:n_options]:
                             yield stats.token_stats_kernel, dtype, tile, {**product, **some, "STORED": False}
                     else:
-                        yield grads.similarity_kernel, dtype, tile, product
                         for one, inner in (("stride_left", True), ("stride_left_k", False)):
                             yield products.counted_product_kernel, dtype, tile, {**product, "INNER": inner, one: 1}
                         for some in GRADIENT_OPTIONS[:n_options]:
@@ -154,7 +158,9 @@ def compile_at(architecture: str, index: int) -> str:
     kernel, dtype, tile, constants = next(islice(configurations(architecture), index, None))
     if "FAST" in kernel.arg_names:
         constants.setdefault("FAST", dtype != "fp32")
-    options = {} if tile is None else launch.compiler_options(tile, whole=constants.get("SOFTCAP", "INNER" in constants))
+    options = (
+        {} if tile is None else launch.compiler_options(tile, whole=constants.get("SOFTCAP", "INNER" in constants))
+    )
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)
     return json.dumps({

@@ -41,7 +41,7 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "INTERPRETER", config.Tile(16, 32, 16, 1, 1))
+    monkeypatch.setattr(config, "INTERPRETER", config.alike(config.Tile(16, 32, 16, 1, 1)))
 
 
 def run(p: Problem, needs: Needs, token_block: int, vocab_block: int) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -19,7 +19,7 @@ from .. import backends, ops
 from ..problem import Options, Problem
 
 DTYPES = ("bfloat16", "float16", "float32")
-PASSES = ("statistics", "gradient")
+PASSES = ("statistics", "gradient", "similarity")
 SHARED_BYTES = 227 << 10  # of one block on Hopper; what a device refuses is skipped when it says so
 ACCUMULATORS = 128  # registers of a thread for the logits tile, where it can have all that there are
 STAGES = {128: (2, 3), 64: (3, 4), 32: (4, 5)}  # of each depth: about as much in flight
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "tune-kernels",
         help="measure tile sizes of the Triton kernels on this GPU",
-        description="Measures tiles of the statistics and the gradient kernels for one problem and prints the best as "
+        description="Measures tiles of the product kernels for one problem and prints the best as "
         "a row of TILES in kernels/config.py. A tile that does not compile, spills registers or gives other results "
         "is skipped. It takes minutes: every tile is compiled. Interrupt it to keep what was found.",
     )
@@ -75,7 +75,8 @@ def candidates(element_size: int) -> list[tuple[int, ...]]:
         for stages, resident in itertools.product(STAGES[depth], (1, 2)):
             shared = stages * (rows + cols) * depth * element_size
             registers = rows * cols / (32 * warps)
-            if resident * shared <= SHARED_BYTES and 32 <= registers <= ACCUMULATORS / (resident * warps / 8):
+            fits = resident * shared <= SHARED_BYTES and resident * warps * registers <= 8 * ACCUMULATORS
+            if fits and resident * warps >= 8 and 32 <= registers <= ACCUMULATORS:
                 found.append((rows, cols, depth, warps, stages, resident))
     return found
 
@@ -98,9 +99,10 @@ class _Recorder:
         return getattr(self.compiled, "n_spills", 0) or 0
 
 
-KERNELS = {
-    "statistics": ("target_stats_kernel", "token_stats_kernel"),
-    "gradient": ("similarity_kernel", "gradient_kernel"),
+KERNELS = {  # of each pass: module and name
+    "statistics": (("stats", "token_stats_kernel"),),
+    "gradient": (("grads", "gradient_kernel"),),
+    "similarity": (("stats", "target_stats_kernel"), ("grads", "similarity_kernel")),
 }
 
 
@@ -110,7 +112,7 @@ class Tuner:
     def __init__(self, n: int, v: int, d: int, dtype: torch.dtype, device: torch.device):
         from ..kernels import config, grads, launch, stats
 
-        self.config, self.modules = config, {"statistics": stats, "gradient": grads}
+        self.config, self.modules = config, {"stats": stats, "grads": grads}
         g = torch.Generator().manual_seed(0)
         rank = torch.arange(v, dtype=torch.float64)
         y = torch.multinomial(1 / (rank + 2.7), n, replacement=True, generator=g).to(device)  # as in natural text
@@ -123,42 +125,48 @@ class Tuner:
         self.plan = ops.plan_for(p, "triton", None, True)
         self.sums = stats.target_stats(p.teacher, self.targets, self.inv_t)
         self.terms, self.rows = stats.token_stats(p, self.g, self.targets, self.sums, self.inv_t)
+        self.n_targets = int(self.targets.count)
+        self.s = p.h.new_empty(self.targets.capacity, self.plan.vocab_block, dtype=torch.float32)
+        self.similarity()
 
     def statistics(self) -> Tensor:
-        stats = self.modules["statistics"]
-        sums = stats.target_stats(self.p.teacher, self.targets, self.inv_t)
-        terms, _ = stats.token_stats(self.p, self.g, self.targets, sums, self.inv_t)
+        terms, _ = self.modules["stats"].token_stats(self.p, self.g, self.targets, self.sums, self.inv_t)
         found: Tensor = terms[2]  # l1
         return found
 
+    def similarity(self) -> Tensor:
+        """Statistics of all similarities, and the first block of them."""
+        sums = self.modules["stats"].target_stats(self.p.teacher, self.targets, self.inv_t).sums
+        width = min(self.plan.vocab_block, len(self.p.w))
+        self.modules["grads"].similarities(self.p.teacher, self.targets, slice(0, width), self.s)
+        return torch.cat([sums[1, : self.n_targets].log().float(), self.s[: self.n_targets, width - 1]])
+
     def gradient(self) -> Tensor:
-        grads, p, b = self.modules["gradient"], self.p, self.plan.vocab_block
-        s = p.h.new_empty(self.targets.capacity, b, dtype=torch.float32)
+        """Of some blocks, each with the similarities of the first."""
+        grads, p, b = self.modules["grads"], self.p, self.plan.vocab_block
         grad = p.h.new_empty(len(p.y), b)
         kl = p.h.new_zeros(grads.column_tiles(p.h, b), len(p.y), dtype=torch.float32)
         for begin in range(0, min(len(p.w), BLOCKS * b), b):
             columns = slice(begin, min(begin + b, len(p.w)))
-            grads.similarities(p.teacher, self.targets, columns, s)
             grads.gradient_block(
-                p, self.rows, self.targets.which, s, columns, self.inv_t, kl=kl, grad=grad, delta=None, terms=self.terms
-            )
+                p, self.rows, self.targets.which, self.s, columns, self.inv_t, kl=kl, grad=grad, delta=None,
+                terms=self.terms,
+            )  # fmt: skip
         return kl.sum(0)
 
     @contextmanager
     def using(self, which: str, tile: tuple[int, ...]) -> Iterator[list[_Recorder]]:
         """`tile` in the place of the table's, and the kernels of one pass."""
-        before = self.config.tiles(*self.key)
-        row = {**dict(zip(PASSES, before, strict=True)), which: self.config.Tile(*tile)}
-        module, entry = self.modules[which], self.config.TILES.get(self.key)
-        kernels = {name: getattr(module, name) for name in KERNELS[which]}
-        recorders = {name: _Recorder(kernel) for name, kernel in kernels.items()}
+        entry = self.config.TILES.get(self.key)
+        kernels = {(self.modules[m], name): getattr(self.modules[m], name) for m, name in KERNELS[which]}
+        recorders = {place: _Recorder(kernel) for place, kernel in kernels.items()}
         try:
-            self.config.TILES[self.key] = self.config.Row(**row)
-            for name, recorder in recorders.items():
+            self.config.TILES[self.key] = self.config.tiles(*self.key)._replace(**{which: self.config.Tile(*tile)})
+            for (module, name), recorder in recorders.items():
                 setattr(module, name, recorder)
             yield list(recorders.values())
         finally:
-            for name, kernel in kernels.items():
+            for (module, name), kernel in kernels.items():
                 setattr(module, name, kernel)
             if entry is None:
                 del self.config.TILES[self.key]

@@ -37,22 +37,24 @@ class Row(NamedTuple):
     date: str = ""
 
 
-def alike(tile: Tile) -> Row:
+def alike(tile: Tile, *measured: str) -> Row:
     """One tile for all."""
-    return Row(tile, tile, tile)
+    return Row(tile, tile, tile, *measured)
 
 
 SAFE = alike(Tile(64, 64, 32, 4, 2))  # anything else, AMD included
 TILES = {  # (architecture, bytes per element)
     ("sm_80", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    ("sm_80", 4): Row(Tile(32, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm_90", 2): Row(Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 2)),
-    ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
-    ("sm_100", 2): Row(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    ("sm_80", 4): alike(Tile(64, 64, 32, 4, 3)),
+    ("sm_90", 2): alike(Tile(128, 128, 64, 8, 3, 2), "NVIDIA H200", "2026-11-26"),
+    ("sm_90", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
+    ("sm_100", 2): Row(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
     ("sm_100", 4): Row(Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
 }
-# Of products that are read from memory, a row to a program of one warp; the depth is of no meaning.
-STORED = alike(Tile(1, 1024, 16, 1, 1))
+STORED = {  # bytes per element: of products read from memory, a row to a program of one warp; the depth says nothing
+    2: alike(Tile(1, 1024, 16, 1, 1), "NVIDIA H200", "2026-11-26"),
+    4: alike(Tile(1, 512, 16, 1, 1)),
+}
 # An interpreted operation takes as long on a large tile as on a small one.
 INTERPRETER = alike(Tile(256, 512, 128, 1, 1))
 SMALL_ROWS = 64  # rows per program of the kernels that close the sums; at 128 ptxas spills on sm_100

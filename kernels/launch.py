@@ -60,7 +60,8 @@ def launch(
 ) -> Launch:
     """For products of x (rows, D) with rows of a matrix of the same width and dtype, or for tiles of stored ones."""
     arch = architecture(x.device)
-    row = config.STORED if stored and arch != "interpreter" else tiles(arch, x.element_size())
+    size = x.element_size()
+    row = config.STORED[size] if stored and arch != "interpreter" else tiles(arch, size)
     tile: Tile = getattr(row, which)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this has been set
     return Launch(

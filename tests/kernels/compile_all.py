@@ -82,15 +82,16 @@ def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
             "STORED": True,
         }  # fmt: skip
 
-    tile, size = config.STORED.statistics, size_of(config.STORED.statistics)
-    for fast in (False, True):  # as the inputs' dtype is, which made the products
-        yield stats.target_stats_kernel, "fp32", tile, {**size, "FAST": fast}
-        for some in TOKEN_OPTIONS[: 1 if fast else 3]:
-            yield stats.token_stats_kernel, "fp32", tile, {**size, **some, "FAST": fast}
-    tile, size = config.STORED.gradient, size_of(config.STORED.gradient)
+    for element_size in config.STORED:
+        tile = config.STORED[element_size].statistics
+        size = size_of(tile) | {"FAST": element_size == 2}
+        yield stats.target_stats_kernel, "fp32", tile, size
+        for some in TOKEN_OPTIONS[:3]:
+            yield stats.token_stats_kernel, "fp32", tile, {**size, **some}
     for dtype in ("bf16", "fp16", "fp32"):
+        tile = config.STORED[4 if dtype == "fp32" else 2].gradient
         for some in GRADIENT_OPTIONS[: 1 if dtype == "fp16" else 4]:
-            yield grads.gradient_kernel, dtype, tile, {**size, **some}
+            yield grads.gradient_kernel, dtype, tile, {**size_of(tile), **some}
         yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS, "TOKENS": grads.ROW_TOKENS}
         for some in options("HAS_ROWS HAS_BIAS SOFTCAP", "HAS_ROWS", "HAS_BIAS SOFTCAP"):
             size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}

@@ -179,7 +179,7 @@ def test_float32_products_follow_either_way_of_asking_for_tf32() -> None:
     code = (
         "import torch\n"
         "from tiedkl.kernels.launch import launch\n"
-        "def precision(dtype): return launch(torch.empty(2, 4, dtype=dtype), False).constants['PRECISION']\n"
+        "def precision(dtype): return launch(torch.empty(2, 4, dtype=dtype), 'gradient').constants['PRECISION']\n"
         "seen = [precision(torch.float32)]\n"
         "torch.backends.cuda.matmul.{setting}\n"
         "print(*seen, precision(torch.float32), precision(torch.bfloat16))\n"
@@ -242,15 +242,16 @@ def test_every_tile_is_visited_once(rows: int, cols: int) -> None:
     assert out.eq(1).all()
 
 
+@pytest.mark.parametrize("resident", [1, 2])
 @pytest.mark.parametrize("row_tiles", [1, 8, 15, 64, 200, 1000])
 @pytest.mark.parametrize("vocab", [1, 129, 32_000, 256_000])
 def test_splits_cover_the_vocabulary_and_the_multiprocessors(
-    row_tiles: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+    row_tiles: int, vocab: int, resident: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    shape = config.Tile(128, 128, 64, 8, 4)
+    shape = config.Tile(128, 128, 64, 8, 4, resident)
     n, share = launch.splits(row_tiles, vocab, shape, CPU)
     assert (n - 1) * share * 128 < vocab <= n * share * 128
     if vocab == 256_000:
         programs = row_tiles * n
-        assert programs / (-(-programs // 132) * 132) > 0.85, (n, share)
+        assert programs / (-(-programs // (132 * resident)) * 132 * resident) > 0.85, (n, share)

@@ -22,9 +22,9 @@ from ..problem import Grads, Needs, Problem, Terms
 from . import _native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Not measured on a GPU yet. Logits and similarities in float32, G in the place of the logits, every token with a target
-# of its own. Rows of h and w are read where they are; those of the similarity source are gathered where they are
-# cuBLAS's to multiply: in float32, and for the target gradient.
+# Block sizes by reckoning, not tried against others on a GPU. Logits and similarities in float32, G in the place of the
+# logits, every token with a target of its own. Rows of h and w are read where they are; those of the similarity source
+# are gathered where they are cuBLAS's to multiply: in float32, and for the target gradient.
 FULL = Tuning(
     z_buffers=1,
     s_buffers=1,

@@ -77,15 +77,20 @@ def ours(w: Workload, impl: str, workspace: int | None = None, graph: bool = Fal
 
 
 def default_impls(w: Workload) -> list[str]:
-    """Backends worth timing here: those that run, but for the specification and an interpreter."""
+    """Backends worth timing here: those that run, but for the specification and an interpreter.
+
+    On a GPU neither the fallback where a kernel runs: it takes seconds.
+    """
     device = torch.device(w.device)
-    found = [name for name in backends.BACKENDS if name != "reference"]
-    return [
+    found = [
         name
-        for name in found
-        if backends.load(name).unsupported(device, w.torch_dtype) is None
+        for name in backends.BACKENDS
+        if name != "reference"
+        and backends.load(name).unsupported(device, w.torch_dtype) is None
         and not (name == "triton" and device.type == "cpu")
     ]
+    kernels = [name for name in found if name != "torch"]
+    return kernels if device.type == "cuda" and kernels else found
 
 
 def candidates(

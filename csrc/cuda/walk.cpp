@@ -142,6 +142,7 @@ class Walk {
     b_ = Block{};
     if (kl_) {
       group(y);
+      u_.reset();  // the last block's, before this one's are there too
       if (!count_aware_ || target_grad_) u_ = t_.index_select(0, id_);
       s_ = similarities_.slice(0, 0, id_.size(0));
       b_.s = data<float>(s_), b_.lds = s_.stride(0), b_.targets = s_.size(0);

@@ -77,17 +77,25 @@ def launch(
     )
 
 
+def busy(programs: int, tile: Tile, device: torch.device) -> float:
+    """Share of the multiprocessors' time that programs of equal length use."""
+    places = processors(device) * tile.resident
+    return programs / (triton.cdiv(programs, places) * places)
+
+
+def filling(rows: int, columns: int, tile: Tile, device: torch.device) -> int:
+    """Columns of a block of so many rows, at most `columns` and at least three quarters of them, that idle least."""
+    row_tiles, most = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.cols)
+    best = max(range(most, most * 3 // 4, -1), key=lambda n: busy(row_tiles * n, tile, device))
+    return min(columns, best * tile.cols)
+
+
 def splits(row_tiles: int, vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """(splits of the vocabulary, tiles per split): some four programs a multiprocessor, few idle at the end."""
     places = processors(device) * tile.resident
     tiles, wanted = triton.cdiv(vocab, tile.cols), triton.cdiv(max(4 * processors(device), places), row_tiles)
-
-    def busy(n: int) -> float:
-        """Share of the multiprocessors' time that n splits use."""
-        programs = row_tiles * n
-        return programs / (triton.cdiv(programs, places) * places)
-
-    best = max(range(max(1, wanted // 2), max(2, wanted * 3 // 2)), key=busy)
+    some = range(max(1, wanted // 2), max(2, wanted * 3 // 2))
+    best = max(some, key=lambda n: busy(row_tiles * n, tile, device))
     share = triton.cdiv(tiles, min(best, tiles))
     return triton.cdiv(tiles, share), share
 

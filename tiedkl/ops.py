@@ -2,8 +2,8 @@
 
 `evaluate` is how the library calls them.
 
-For "mean" and "sum" the upstream gradient is one scalar: the forward op returns unscaled gradients in the accumulation
-dtype and the backward op scales and casts them. For "none" the backward op walks again with the upstream weights.
+For "mean" and "sum" the upstream gradient is one scalar: the forward op returns unscaled gradients in `kept_dtype` and
+the backward op scales and casts them. For "none" the backward op walks again with the upstream weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from . import backends
 from .plan import Plan, Shape, make_plan
-from .problem import POISONED, SKIPPED, Grads, Needs, Options, Problem, Terms, acc_dtype
+from .problem import POISONED, SKIPPED, Grads, Needs, Options, Problem, Terms, acc_dtype, kept_dtype
 
 log = logging.getLogger("tiedkl")
 
@@ -168,7 +168,8 @@ def _tied_loss(
         scale = torch.where(p.y == POISONED, 1.0, scale)
     total = c.reduction != NONE
     loss = (scale.double() @ per_token.double()).to(p.acc) if total else scale * per_token
-    d_h, d_w, d_b, d_t = (h.new_empty(0, dtype=p.acc) if d is None else d for d in grads)
+    kept = kept_dtype(h.dtype)
+    d_h, d_w, d_b, d_t = (h.new_empty(0, dtype=kept) if d is None else d.to(kept) for d in grads)
     return loss, torch.stack(terms), scale, d_h, d_w, d_b, d_t
 
 
@@ -181,7 +182,7 @@ def _(h, w, target, b, t, token_weight, num_items, floats, ints, impl):  # type:
     now = c.reduction != NONE
 
     def grad(x: Tensor | None, bit: int) -> Tensor:
-        return h.new_empty(x.shape if now and x is not None and c.needs & bit else 0, dtype=acc)
+        return h.new_empty(x.shape if now and x is not None and c.needs & bit else 0, dtype=kept_dtype(h.dtype))
 
     loss = h.new_empty(() if now else n, dtype=acc)
     grads = grad(h, NEED_H), grad(w, NEED_W), grad(b, NEED_B), grad(t, NEED_T)

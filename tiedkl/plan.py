@@ -56,6 +56,7 @@ class Tuning:
     target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
     all_targets: bool = False  # similarities are computed as if every token had a target of its own
     all_target_grads: bool = False  # the target gradient's products are taken likewise
+    whole_block: int = 0  # B from which one block of all tokens is preferred: d_w is complete at once; 0: never
     token_multiple: int = 1  # C likewise, where there are several blocks of tokens
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
@@ -102,6 +103,8 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
     elif kl:
         rows += math.ceil(targets * shape.teacher_width * tuning.target_copies)
+    if tuning.whole_block and shape.grad and not target_grad and tokens >= shape.tokens and vocab < shape.vocab:
+        rows += vocab * shape.width  # a block of d_w before it is rounded
     if shape.half:
         rows += tuning.widened * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width)
     return shape.acc_bytes * (math.ceil(columns * vocab) + rows)
@@ -157,8 +160,9 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         if not tuning.shared_rows:  # or the walk evens its blocks out, knowing how many targets are distinct
             tokens = even(tokens)
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
-        columns = min(v, tuning.min_vocab_block)
-        tokens = even(_largest(n, lambda c: fits(c, columns)))
+        columns, whole = min(v, tuning.min_vocab_block), min(v, tuning.whole_block)
+        one_block = whole and shape.grad and fits(n, whole)
+        tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
         # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.
         vocab = _largest(max(1, v - 1) if tuning.token_block else v, lambda b: fits(tokens, b))
         if tuning.vocab_multiple < vocab < v:

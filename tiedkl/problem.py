@@ -21,6 +21,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which unscaled gradients wait for the upstream one: bfloat16 has float32's range, float16 has not."""
+    return dtype if dtype == torch.bfloat16 else acc_dtype(dtype)
+
+
 @dataclass(frozen=True)
 class Options:
     """The scalars of the loss. alpha = 0 means plain cross-entropy, softcap = 0 means none."""
@@ -90,7 +95,10 @@ class Terms(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of sum_n g_n (CE_n + alpha KL_n) in the accumulation dtype; None where not wanted."""
+    """Gradients of sum_n g_n (CE_n + alpha KL_n), None where not wanted.
+
+    In the accumulation dtype, or in `kept_dtype` where a backend has a sum complete at once.
+    """
 
     h: Tensor | None  # (N, D)
     w: Tensor | None  # (V, D)

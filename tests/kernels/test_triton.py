@@ -84,6 +84,21 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         run(problem(21, 45, 32, OPTIONS[name], dtype, True), Needs(True, True, True, True), token_block, vocab_block)
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16,) * 2, (torch.float16, torch.float32)], ids=str)
+def test_d_w_of_all_tokens_at_once_is_rounded_where_the_range_allows(dtype: torch.dtype, kept: torch.dtype) -> None:
+    for name, token_block, vocab_block, right in (
+        ("default", 21, 32, kept),
+        ("default", 12, 32, torch.float32),  # a sum over blocks
+        ("default", 21, 45, torch.float32),
+        ("target_grad", 21, 32, torch.float32),  # rows of targets are added to later
+    ):
+        p = problem(21, 45, 32, OPTIONS[name], dtype, False)
+        _, (d_h, d_w, *_) = run(p, Needs(True, True), token_block, vocab_block)
+        assert d_h is not None
+        assert d_w is not None
+        assert (d_h.dtype, d_w.dtype) == (torch.float32, right), (name, token_block, vocab_block)
+
+
 def test_every_subset_of_gradients() -> None:
     p = problem(5, 11, 3, OPTIONS["everything"], torch.float32, True)
     for wanted in itertools.product((False, True), repeat=4):
@@ -240,6 +255,25 @@ def test_every_tile_is_visited_once(rows: int, cols: int) -> None:
     out = torch.zeros(rows, cols, dtype=torch.int32)
     _visits[(rows * cols,)](out, rows, cols)
     assert out.eq(1).all()
+
+
+@pytest.mark.parametrize("resident", [1, 2])
+@pytest.mark.parametrize("rows", [1, 130, 2048, 4096, 8192])
+@pytest.mark.parametrize("columns", [1, 128, 1152, 2688, 5376])
+def test_blocks_that_fill_the_multiprocessors(
+    rows: int, columns: int, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    shape = config.Tile(128, 128, 64, 8, 4, resident)
+
+    def busy(columns: int) -> float:
+        return launch.busy(-(-rows // 128) * -(-columns // 128), shape, CPU)
+
+    found = launch.filling(rows, columns, shape, CPU)
+    assert 3 / 4 * columns < found <= columns
+    assert busy(found) >= busy(columns)
+    if (rows, columns, resident) == (4096, 2688, 2):
+        assert (found, busy(found)) == (2048, 512 / 528)
 
 
 @pytest.mark.parametrize("resident", [1, 2])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..plan import TOKEN_BLOCKS, Plan, Tuning
-from ..problem import Grads, Needs, Problem, Terms
+from ..problem import Grads, Needs, Problem, Terms, kept_dtype
 
 try:
     from ..kernels import grads, launch, products, stats
@@ -55,6 +55,9 @@ ALIGNED = (
 )
 LARGE_HALF, LARGE_LSE = 2.0**13, 1000.0  # an entry of G in float16, an eighth of what it can be; and such an lse
 HALF = replace(FULL, z_buffers=0.5 + SUMS, kept_buffers=1, delta_buffers=1.5)
+# With all tokens in one block d_w is rounded block by block: a V x D in float32 less. Narrower blocks pass d_h through
+# memory more often.
+BRAIN = replace(HALF, whole_block=512)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -70,7 +73,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def tuning(dtype: torch.dtype) -> Tuning:
     """Blocks in units of the accumulation dtype."""
-    return FULL if dtype == torch.float32 else HALF
+    return {torch.float32: FULL, torch.bfloat16: BRAIN}.get(dtype, HALF)
 
 
 def forward(problem: Problem, plan: Plan) -> Terms:
@@ -116,8 +119,12 @@ class _Walk:
     def __init__(self, p: Problem, plan: Plan, g: Tensor | None, needs: Needs):
         self.p, self.plan, self.needs, self.o = p, plan, needs, p.options
         self.inv_t = 1.0 / p.options.temperature
-        self.stride = -(-plan.vocab_block // ALIGNED) * ALIGNED  # of all blocks of columns
         self.stored = plan.strategy == TOKEN_BLOCKS
+        self.step = plan.vocab_block
+        if not self.stored and plan.vocab_block < len(p.w):
+            tile = launch.launch(p.h, "gradient").tile
+            self.step = launch.filling(min(plan.token_block, len(p.y)), plan.vocab_block, tile, p.h.device)
+        self.stride = -(-self.step // ALIGNED) * ALIGNED  # of all blocks of columns
         self.kl = bool(p.options.alpha)
         self.target_grad = g is not None and self.kl and p.options.target_grad and (needs.w if p.t is None else needs.t)
         self.grad = g is not None
@@ -133,8 +140,14 @@ class _Walk:
         self.terms = p.h.new_zeros(5, len(p.y), dtype=torch.float32)
         fill = torch.empty if len(p.y) else torch.zeros
         like = {"h": p.h, "w": p.w, "b": p.b, "t": p.t}
+        one_block = not self.stored and plan.token_block >= len(p.y) > 0
+        self.rounds_w = one_block and needs.w and not self.target_grad and kept_dtype(p.w.dtype) != torch.float32
+        if self.rounds_w:
+            self.w_block = p.w.new_empty(self.step, p.w.shape[1], dtype=torch.float32)
         self.d = {
-            k: (torch.zeros if k in "ht" else fill)(x.shape, dtype=torch.float32, device=x.device)
+            k: (torch.zeros if k in "ht" else fill)(
+                x.shape, dtype=x.dtype if k == "w" and self.rounds_w else torch.float32, device=x.device
+            )
             for k, x in like.items()
             if x is not None and getattr(needs, k)
         }
@@ -167,7 +180,7 @@ class _Walk:
         in_place = z is not None and z.dtype == p.h.dtype
         grad = z if in_place else buffer(len(p.y), p.h.dtype, self.grad)
         delta = buffer(len(p.y), torch.float32, self.target_grad)
-        slots = grads.column_tiles(p.h, self.plan.vocab_block, self.stored)
+        slots = grads.column_tiles(p.h, self.step, self.stored)
         kl = p.h.new_zeros(slots, len(p.y), dtype=torch.float32) if self.kl else None
 
         def evaluate(columns: slice, kl: Tensor | None, grad: Tensor | None, delta: Tensor | None) -> None:
@@ -199,15 +212,18 @@ class _Walk:
 
     def columns(self) -> Iterator[slice]:
         v = len(self.p.w)
-        for begin in range(0, v, self.plan.vocab_block):
-            yield slice(begin, min(begin + self.plan.vocab_block, v))
+        for begin in range(0, v, self.step):
+            yield slice(begin, min(begin + self.step, v))
 
     def products(self, grad: Tensor, h: Tensor, tokens: slice, columns: slice) -> None:
         """d_h += G w, d_w += G^T h, d_b += sum G of one block; the first tokens write d_w and d_b."""
         add = tokens.start > 0
         if "h" in self.d:
             _multiply(self.d["h"][tokens], grad, self.p.w[columns], True)
-        if "w" in self.d:
+        if self.rounds_w:
+            _multiply(block := self.w_block[: columns.stop - columns.start], grad.T, h, False)
+            self.d["w"][columns] = block
+        elif "w" in self.d:
             _multiply(self.d["w"][columns], grad.T, h, add)
         if "b" in self.d:
             share = grad.sum(0, dtype=torch.float32)

@@ -174,6 +174,22 @@ def _elementwise(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + 3 * n + i, tile.tanh(v), mask=i < n)
 
 
+@triton.jit
+def _near_zero(x, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    v = tl.load(x + i, mask=i < n, other=0.0)
+    tl.store(out + i, exponential.excess_near_zero(v), mask=i < n)
+
+
+def test_the_divergence_of_near_probabilities_is_accurate() -> None:
+    """(e^x - 1 - x) / x^2, as far as it is used."""
+    near = torch.linspace(-exponential.NEAR.value, exponential.NEAR.value, 2001, dtype=torch.float64)
+    out = torch.empty(len(near))
+    _near_zero[(1,)](near.float(), out, len(near), BLOCK=2048)
+    series = sum(near ** (k - 2) / torch.lgamma(torch.tensor(k + 1.0, dtype=torch.float64)).exp() for k in range(2, 20))
+    assert float((out.double() / series - 1).abs().max()) < 2.4e-7 + 3 * 2**-24
+
+
 def test_exponentials_are_accurate() -> None:
     near = torch.logspace(-7, 0, 500)
     x = torch.cat((torch.linspace(-80, 80, 3001), near, -near, torch.tensor([0.0, 9.5, -9.5, 20.0])))

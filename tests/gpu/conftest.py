@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Failures at once: a run that its time limit ends may not come to its summary."""
+    if report.failed and "tests/gpu/" in report.nodeid:
+        sys.stderr.write(f"\n{report.nodeid}\n{report.longreprtext}\n")
 
 
 @pytest.fixture(params=["triton", "cuda"])

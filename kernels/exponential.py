@@ -2,7 +2,7 @@
 
 The arithmetic and the polynomials are those of csrc/cpu/vec_math.h: x = n ln 2 + r, e^r = 1 + r + r^2 Q(r).
 Some dozen fused multiply-adds an element; a GPU's exponential units are no faster at full precision. Where the inputs
-have 16 bits, and what is exponentiated is no difference of near numbers, their 2 ulp are enough: FAST.
+have 16 bits, and no difference of near results is taken, their 2 ulp are enough: FAST.
 """
 
 import os
@@ -52,7 +52,7 @@ def power_of_two(x):
 def power(x, low, FAST: tl.constexpr):
     """e^max(x, low), NaN where x is NaN, for low >= -87, x <= 88: to an ulp.
 
-    FAST: e^x to 2 ulp and the |x| ulp of a product.
+    FAST: e^x, whatever `low`, to 2 ulp and the |x| ulp of a product.
     """
     return power_of_two(x * LOG2_E) if FAST else exp(tl.where(x < low, low, x))
 

@@ -73,18 +73,20 @@ def compare(z, s, q, top, tops, offset, offset_low, inv_total_t, inv_t):
 
 
 @triton.jit
-def compare_fast(z, s, top, ms, offset, log_inv_total_t, log_inv_sum_s, inv_t):
-    """The same for inputs of 16 bits, a third of the operations; the last two rows are logarithms to base 2.
+def compare_fast(z, s, top, ms, offset, log_inv_total_t, log_inv_sum_s, inv_t, INFINITE: tl.constexpr):
+    """The same for inputs of 16 bits, with fewer operations; the logarithms are to base 2. INFINITE: z may be -inf.
 
-    r - q of near r and q is off by their 2 ulp, far less than the rounding of G. Their divergence is a polynomial.
+    Near r and q are not subtracted: a polynomial gives their difference and divergence, to the precision of x.
     """
     d, d_s, base = z - top[:, None], s - ms[:, None], inv_t * LOG2_E
     r = power_of_two(d * base + log_inv_total_t[:, None])
     q = power_of_two(d_s * base + log_inv_sum_s[:, None])
     x = (d - d_s) * inv_t + offset[:, None]
-    r_minus_q, qx = r - q, q * x
-    excess = tl.where(tl.abs(x) < NEAR, (qx * x) * excess_near_zero(x), r_minus_q - qx)
-    return x, r_minus_q, excess
+    qx, near = q * x, tl.abs(x) < NEAR
+    if INFINITE:
+        qx = tl.where(q > 0, qx, 0.0)
+    excess = tl.where(near, (qx * x) * excess_near_zero(x), (r - q) - qx)
+    return x, tl.where(near, qx + excess, r - q), excess
 
 
 @triton.jit
@@ -136,7 +138,7 @@ def finish_columns(
         s_tile = tl.load(s + u[:, None] * stride_s + column[None, :], mask=(column < stride_s)[None, :], other=0.0)
         if FAST:
             x, r_minus_q, excess = compare_fast(
-                z, s_tile, top, ms, offset, tl.log2(inv_total_t), tl.log2(inv_sum_s), inv_t
+                z, s_tile, top, ms, offset, tl.log2(inv_total_t), tl.log2(inv_sum_s), inv_t, HAS_BIAS
             )
         else:
             q = power((s_tile - ms[:, None]) * inv_t, FLOOR, False) * inv_sum_s[:, None]
@@ -246,10 +248,11 @@ def gradient_kernel(
             inside = (n < N)[:, None] & (column < width)[None, :]
             tl.store(grad + n[:, None] * stride_grad + column[None, :], zeros, mask=inside)
         return
-    # A row of no token has coefficients of 0, which an infinite logit would make NaN.
+    # A row of no token has coefficients of 0, which an infinite logit would make NaN, as would one of the exact
+    # exponentials, whose argument is not bounded there.
     place = target - v0 - first
     here = (place >= 0) & (place < BLOCK_V)
-    if HAS_BIAS or SOFTCAP:
+    if HAS_BIAS or SOFTCAP or not FAST:
         here |= valid == 0
     special = (tl.max(here.to(tl.int32), 0) != 0) | (first + BLOCK_V > width)
     if STORED:  # G may overwrite the products: a program reads its tile before it writes there

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import config
 from .config import Tile, tiles
-from .tile import INTERPRETED
+from .exponential import INTERPRETED
 
 REGISTERS, MOST_REGISTERS = 1 << 16, 255  # of a multiprocessor, of a thread
 
@@ -19,7 +19,7 @@ REGISTERS, MOST_REGISTERS = 1 << 16, 255  # of a multiprocessor, of a thread
 @functools.cache
 def architecture(device: torch.device) -> str:
     """ "sm_90" and the like, "interpreter", or "unknown" """
-    if INTERPRETED:
+    if INTERPRETED.value:
         return "interpreter"
     if device.type != "cuda" or torch.version.hip:
         return "unknown"

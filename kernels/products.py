@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exponential import INTERPRETED
 from .launch import launch
-from .tile import WIDEN
 
 
 @triton.jit(do_not_specialize=["M", "K"])
@@ -55,7 +55,7 @@ def counted_product_kernel(
             b = tl.load(b_tile, mask=inside[:, None], other=0.0)
         else:
             b = tl.load(b_tile, mask=inside[:, None] & col_mask, other=0.0)
-        if WIDEN:
+        if INTERPRETED:  # as in product_tile
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     place = out + m[:, None] * stride_out + column[None, :]

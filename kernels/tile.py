@@ -1,15 +1,11 @@
 """One tile of x w^T and what becomes of it. Shared by every kernel; docs/math.md has the derivation."""
 
-import os
-
 import triton
 import triton.language as tl
 
-from .exponential import expm1
+from .exponential import INTERPRETED, expm1
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 GROUP = tl.constexpr(12)  # squared, about the multiprocessors of a large GPU
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16
 
 
 @triton.jit
@@ -40,7 +36,7 @@ def product_tile(
             inside = d + k < D
             a = tl.load(x_tile + d, mask=row_mask[:, None] & inside[None, :], other=0.0)
             b = tl.load(w_tile + d, mask=col_mask[None, :] & inside[:, None], other=0.0)
-        if WIDEN:
+        if INTERPRETED:  # it multiplies the bit patterns of bfloat16
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc

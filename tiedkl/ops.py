@@ -3,7 +3,8 @@
 `evaluate` is how the library calls them.
 
 For "mean" and "sum" the upstream gradient is one scalar: the forward op returns unscaled gradients in `kept_dtype` and
-the backward op scales and casts them. For "none" the backward op walks again with the upstream weights.
+the backward op scales and casts them; bfloat16 ones are rounded again then, unless the scalar is a power of two. For
+"none" the backward op walks again with the upstream weights.
 """
 
 from __future__ import annotations
@@ -189,6 +190,11 @@ def _(h, w, target, b, t, token_weight, num_items, floats, ints, impl):  # type:
     return loss, h.new_empty((5, n), dtype=acc), h.new_empty(n, dtype=acc), *grads
 
 
+def factor(upstream: Tensor) -> Tensor:
+    """A scalar to multiply with: a GPU would round one without a dimension to the other's dtype first."""
+    return upstream.reshape(1) if upstream.device.type == "cuda" else upstream
+
+
 @torch.library.custom_op("tiedkl::tied_loss_backward", mutates_args=())
 def tied_loss_backward(
     upstream: Tensor,
@@ -205,7 +211,8 @@ def tied_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_h, d_w, d_b, d_t) in their inputs' dtypes: `saved` times a scalar upstream, or a new walk for one (N,)."""
     if saved:
-        return tuple((d * upstream).to(h.dtype) if d.numel() else h.new_empty(d.shape) for d in saved)  # type: ignore[return-value]
+        scaled = [(d, h.new_empty(d.shape)) for d in saved]
+        return tuple(torch.mul(d, factor(upstream), out=out) if d.numel() else out for d, out in scaled)  # type: ignore[return-value]
     c = Scalars.unpack(floats, ints)
     y, all_valid = _targets(target, w.shape[0], c.ignore_index)
     p = Problem(h, w, y, b, t, c.options)
@@ -252,7 +259,7 @@ def gradients(ctx: Any, upstream: Tensor | None, backward_op: Callable[..., tupl
     b, t, token_weight = (rest.pop(0) if has else None for has in ctx.has)
     saved = rest
     if saved and may_overwrite(saved):
-        grads = tuple(d.mul_(upstream).to(h.dtype) if d.numel() else d for d in saved)
+        grads = tuple(d.mul_(factor(upstream)).to(h.dtype) if d.numel() else d for d in saved)
     else:
         grads = backward_op(upstream, saved, h, w, target, b, t, token_weight, *ctx.scalars)
     d_h, d_w, d_b, d_t = (d if ctx.needs & bit else None for d, bit in zip(grads, NEED_BITS, strict=True))

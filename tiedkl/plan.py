@@ -56,7 +56,9 @@ class Tuning:
     target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
     all_targets: bool = False  # similarities are computed as if every token had a target of its own
     all_target_grads: bool = False  # the target gradient's products are taken likewise
-    whole_block: int = 0  # B from which one block of all tokens is preferred: d_w is complete at once; 0: never
+    # B from which one block of all tokens is preferred, since d_w is then complete at once; half of it where the budget
+    # is less than the default, as memory counts more there. 0: never
+    whole_block: int = 0
     token_multiple: int = 1  # C likewise, where there are several blocks of tokens
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
@@ -69,7 +71,7 @@ class Plan:
     strategy: str
     token_block: int  # C
     target_block: int  # Cw
-    vocab_block: int  # B
+    vocab_block: int  # B; a backend may take less where that fills the device better
     panel: int
     scratch_bytes: int  # peak beyond inputs, O(N) vectors and gradients
     workspace_bytes: int  # the budget
@@ -160,8 +162,9 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         if not tuning.shared_rows:  # or the walk evens its blocks out, knowing how many targets are distinct
             tokens = even(tokens)
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
-        columns, whole = min(v, tuning.min_vocab_block), min(v, tuning.whole_block)
-        one_block = whole and shape.grad and fits(n, whole)
+        columns = min(v, tuning.min_vocab_block)
+        whole = min(v, tuning.whole_block // (2 if budget < DEFAULT_WORKSPACE else 1))
+        one_block = whole and shape.grad and not (shape.kl and shape.target_grad) and fits(n, whole)
         tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
         # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.
         vocab = _largest(max(1, v - 1) if tuning.token_block else v, lambda b: fits(tokens, b))

@@ -119,6 +119,18 @@ def test_a_loss_scale_keeps_tiny_half_precision_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=3e-3, atol=6e-8 / 2**16 + 1e-3 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["last", "retained"])
+def test_the_upstream_gradient_is_not_rounded(again: bool) -> None:
+    """To the gradients' bfloat16, in which a third is off by 2e-3."""
+    h, w, y = inputs(dtype=torch.bfloat16)
+    loss = loss_of(h, w, y)
+    unscaled = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    third = torch.tensor(1 / 3, device="cuda")
+    for a, b in zip(torch.autograd.grad(loss, (h, w), third, retain_graph=again), unscaled, strict=True):
+        ratio = a.double().flatten() @ b.double().flatten() / b.double().square().sum()
+        assert float(ratio) == pytest.approx(1 / 3, rel=5e-4)
+
+
 def test_a_second_backward_is_right() -> None:
     h, w, y = inputs()
     loss = loss_of(h, w, y)

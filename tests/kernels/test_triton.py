@@ -90,9 +90,9 @@ def test_d_w_of_all_tokens_at_once_is_rounded_where_the_range_allows(dtype: torc
         ("default", 21, 32, kept),
         ("default", 12, 32, torch.float32),  # a sum over blocks
         ("default", 21, 45, torch.float32),
-        ("target_grad", 21, 32, torch.float32),  # rows of targets are added to later
+        ("target_grad", 21, 32, torch.float32),  # the plan has no room for it; nobody wants that of the other matrix
     ):
-        p = problem(21, 45, 32, OPTIONS[name], dtype, False)
+        p = problem(21, 45, 32, OPTIONS[name], dtype, name == "target_grad")
         _, (d_h, d_w, *_) = run(p, Needs(True, True), token_block, vocab_block)
         assert d_h is not None
         assert d_w is not None
@@ -117,6 +117,32 @@ def test_no_token_and_no_valid_token() -> None:
         p.y.fill_(-1)
         terms, grads = run(p, Needs(True, True, True, True), max(n, 1), 9)
         assert not any(float(x.abs().sum()) for x in (*terms, *grads) if x is not None)
+
+
+def test_no_token_within_less_than_a_row_of_workspace() -> None:
+    p = problem(0, 40, 8, OPTIONS["default"], torch.float32, False)
+    plan = plan_for(p, "triton", 256, True)
+    assert plan.vocab_block < 40
+    terms, grads = backend.backward(p, plan, torch.zeros(0), Needs(True, True))
+    assert terms.ce.shape == (0,)
+    assert grads.w is not None
+    assert not grads.w.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_skipped_token_has_no_gradient_whatever_the_similarities(dtype: torch.dtype) -> None:
+    """What it reads of another's similarities is beyond the range of the exponential function."""
+    g = torch.Generator().manual_seed(0)
+    w, h = torch.randn(128, 16, generator=g) * 0.1, torch.randn(16, 16, generator=g) * 0.1
+    w[3] = w[100] = 0.0
+    w[3, 0], w[100, 0] = 8.0, 88.7 / 8
+    y = torch.full((16,), 3)
+    y[5] = -1
+    _, (d_h, *_) = run(
+        Problem(h.to(dtype), w.to(dtype), y, None, None, Options(temperature=1.0, alpha=1.0)), Needs(True, True), 16, 64
+    )
+    assert d_h is not None
+    assert not d_h[5].any()
 
 
 def test_strides_of_any_kind() -> None:

@@ -57,7 +57,7 @@ LARGE_HALF, LARGE_LSE = 2.0**13, 1000.0  # an entry of G in float16, an eighth o
 HALF = replace(FULL, z_buffers=0.5 + SUMS, kept_buffers=1, delta_buffers=1.5)
 # With all tokens in one block d_w is rounded block by block: a V x D in float32 less. Narrower blocks pass d_h through
 # memory more often.
-BRAIN = replace(HALF, whole_block=512)
+BFLOAT16 = replace(HALF, whole_block=1024)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,7 +73,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def tuning(dtype: torch.dtype) -> Tuning:
     """Blocks in units of the accumulation dtype."""
-    return {torch.float32: FULL, torch.bfloat16: BRAIN}.get(dtype, HALF)
+    return {torch.float32: FULL, torch.bfloat16: BFLOAT16}.get(dtype, HALF)
 
 
 def forward(problem: Problem, plan: Plan) -> Terms:
@@ -123,7 +123,8 @@ class _Walk:
         self.step = plan.vocab_block
         if not self.stored and plan.vocab_block < len(p.w):
             tile = launch.launch(p.h, "gradient").tile
-            self.step = launch.filling(min(plan.token_block, len(p.y)), plan.vocab_block, tile, p.h.device)
+            rows = max(1, min(plan.token_block, len(p.y)))
+            self.step = launch.filling(rows, plan.vocab_block, tile, p.h.device)
         self.stride = -(-self.step // ALIGNED) * ALIGNED  # of all blocks of columns
         self.kl = bool(p.options.alpha)
         self.target_grad = g is not None and self.kl and p.options.target_grad and (needs.w if p.t is None else needs.t)
@@ -141,7 +142,8 @@ class _Walk:
         fill = torch.empty if len(p.y) else torch.zeros
         like = {"h": p.h, "w": p.w, "b": p.b, "t": p.t}
         one_block = not self.stored and plan.token_block >= len(p.y) > 0
-        self.rounds_w = one_block and needs.w and not self.target_grad and kept_dtype(p.w.dtype) != torch.float32
+        through = self.kl and p.options.target_grad  # whether or not anybody wants it: so the plan has it
+        self.rounds_w = one_block and needs.w and not through and kept_dtype(p.w.dtype) != torch.float32
         if self.rounds_w:
             self.w_block = p.w.new_empty(self.step, p.w.shape[1], dtype=torch.float32)
         self.d = {

@@ -112,7 +112,7 @@ class Tuner:
     def __init__(self, n: int, v: int, d: int, dtype: torch.dtype, device: torch.device):
         from ..kernels import config, grads, launch, stats
 
-        self.config, self.modules = config, {"stats": stats, "grads": grads}
+        self.config, self.launch, self.modules = config, launch, {"stats": stats, "grads": grads}
         g = torch.Generator().manual_seed(0)
         rank = torch.arange(v, dtype=torch.float64)
         y = torch.multinomial(1 / (rank + 2.7), n, replacement=True, generator=g).to(device)  # as in natural text
@@ -143,7 +143,9 @@ class Tuner:
 
     def gradient(self) -> Tensor:
         """Of some blocks, each with the similarities of the first."""
-        grads, p, b = self.modules["grads"], self.p, self.plan.vocab_block
+        grads, p = self.modules["grads"], self.p
+        tile = self.launch.launch(p.h, "gradient").tile
+        b = self.launch.filling(len(p.y), self.plan.vocab_block, tile, p.h.device)
         grad = p.h.new_empty(len(p.y), b)
         kl = p.h.new_zeros(grads.column_tiles(p.h, b), len(p.y), dtype=torch.float32)
         for begin in range(0, min(len(p.w), BLOCKS * b), b):

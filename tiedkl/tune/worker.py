@@ -19,7 +19,7 @@ from ..compare.settings import VARIANTS, CompareError
 from ..compare.training import Data, Diverged, Trainer
 from . import report
 from .settings import TuneSettings
-from .study import DEFAULTS, DIVERGED, NOTE, REASON, abandon, finished, open_study, optuna, queue_neighbour
+from .study import DEFAULTS, DIVERGED, NOTE, REASON, abandon, finished, in_turn, open_study, optuna, queue_neighbour
 
 
 class Stopped(Exception):
@@ -99,8 +99,9 @@ def work(
     for _ in range(quota):
         if over():
             return
-        queue_neighbour(study, settings)
-        trial = study.ask()
+        with in_turn(settings):
+            queue_neighbour(study, settings)
+            trial = study.ask()
         params = {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in settings.ranges().items()}
         if not _trial(task, study, trial, params, settings, over):
             return

@@ -64,7 +64,8 @@ Two things differ from the paper: a schedule that two CPU cores finish (the JSON
 +RE and +REAL. Perplexities here are those of a shorter training than the paper's; only the changes are comparable.""",
     "small40": """\
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE
-and +REAL have an output bias.""",
+and +REAL have an output bias. The baseline and +RE were trained on a CPU, +AL and +REAL on a GPU, where dropout masks
+are others.""",
     "sixteenth": """\
 τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; `tau=40,gamma=1`
 has γ/τ of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding,

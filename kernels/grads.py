@@ -132,7 +132,6 @@ def finish_columns(
     place = n[:, None] * stride_grad + column[None, :]
     z = finish_logits(z, bias, v0 + column, column < width, softcap, HAS_BIAS, SOFTCAP)
     share = top * 0.0
-    x, r_minus_q, excess, p = z, z, z, z  # each replaced where it is used
     if KL:
         # Rows of s are as long as whole vectors, and its last tile may go beyond the block: of no meaning there.
         s_tile = tl.load(s + u[:, None] * stride_s + column[None, :], mask=(column < stride_s)[None, :], other=0.0)
@@ -151,8 +150,6 @@ def finish_columns(
             out = p * coef_p[:, None] + (p * coef_p_low[:, None] - constant[:, None])
         if KL:
             out += r_minus_q * coef_r[:, None]
-    else:
-        out = z
     if special:
         # What is not computed here: the target's column is closed by finish_tokens_kernel, whose values are 0 for no
         # token; nothing is beyond the block.

@@ -34,6 +34,11 @@ class Shape:
     half: bool = False  # inputs narrower than the accumulation dtype
     threads: int = 1
 
+    @property
+    def through_target(self) -> bool:
+        """Whether a gradient flows through the similarity target."""
+        return self.kl and self.grad and self.target_grad
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -90,7 +95,7 @@ class Plan:
 
 def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab: int) -> int:
     """Bytes of scratch for blocks of `tokens` x `vocab` with `targets` similarity rows."""
-    kl, target_grad = shape.kl, shape.kl and shape.grad and shape.target_grad
+    kl, target_grad = shape.kl, shape.through_target
     columns = tuning.z_buffers * tokens
     if tuning.token_block and vocab >= shape.vocab:
         columns += tuning.kept_buffers * tokens
@@ -127,7 +132,7 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 def _gemms(shape: Shape, strategy: str, tuning: Tuning) -> str:
     """Matrix products in units of N x V x D, rho the share of distinct targets."""
-    target_grad = shape.kl and shape.grad and shape.target_grad
+    target_grad = shape.through_target
     walks = 1  # of the logits and the similarities
     if strategy == VOCAB_BLOCKS:
         walks += (1 if shape.grad else 0) + (1 if shape.kl and (target_grad or not shape.grad) else 0)
@@ -164,7 +169,7 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
         columns = min(v, tuning.min_vocab_block)
         whole = min(v, tuning.whole_block // (2 if budget < DEFAULT_WORKSPACE else 1))
-        one_block = whole and shape.grad and not (shape.kl and shape.target_grad) and fits(n, whole)
+        one_block = whole and shape.grad and not shape.through_target and fits(n, whole)
         tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
         # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.
         vocab = _largest(max(1, v - 1) if tuning.token_block else v, lambda b: fits(tokens, b))

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-import tiedkl
-
 from .models import LanguageModel, VariantLoss
 
 EAGER_MATRICES = {False: 3, True: 7}  # by: augmented?
@@ -23,10 +21,7 @@ def loss_memory(model: LanguageModel, loss: VariantLoss, n_tokens: int) -> dict[
     """Bytes of the loss layer for `n_tokens` tokens in float32: scratch, gradients, total, and eager's total."""
     weight = model.weight
     n_vocab, width = weight.shape
-    hidden = torch.zeros(n_tokens, width, device=weight.device, requires_grad=True)
-    target = torch.zeros(n_tokens, dtype=torch.int64, device=weight.device)
-    call = loss.inputs(model, hidden, target)
-    plan = tiedkl.explain(**call, **loss.arguments, reduction="sum", return_terms=True)
+    plan = loss.plan(model, n_tokens)
     gradients = 4 * (n_tokens * width + n_vocab * width + (0 if model.bias is None else n_vocab))
     matrices = EAGER_MATRICES[loss.variant.augmented]
     return {

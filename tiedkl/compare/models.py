@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import tiedkl
 
+from ..plan import Plan
 from .lstm import State, VariationalLSTM
 from .settings import Variant
 from .transformer import Transformer
@@ -91,11 +92,12 @@ class VariantLoss(nn.Module):
             call["target_weight"] = model.embedding.weight.detach()
         return call
 
-    def impl(self, model: LanguageModel, n_tokens: int) -> str:
-        """The backend that a window of `n_tokens` tokens takes."""
-        hidden = model.weight.new_empty(n_tokens, model.weight.shape[1], requires_grad=True)
+    def plan(self, model: LanguageModel, n_tokens: int) -> Plan:
+        """How the loss of a window of `n_tokens` tokens, and its gradient, are computed."""
+        hidden = model.weight.new_zeros(n_tokens, model.weight.shape[1]).requires_grad_()
         target = torch.zeros(n_tokens, dtype=torch.int64, device=hidden.device)
-        return tiedkl.explain(**self.inputs(model, hidden, target), **self.arguments, reduction="sum").impl
+        call = self.inputs(model, hidden, target)
+        return tiedkl.explain(**call, **self.arguments, reduction="sum", return_terms=True)
 
     def forward(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> Any:
         """hidden (T, B, D), target (T, B) -> TiedLossOutput."""

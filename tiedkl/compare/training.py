@@ -10,6 +10,7 @@ Perplexity is exp(mean cross-entropy) without dropout, computed alike for every 
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -211,11 +212,13 @@ class Trainer:
 
     def _capturable(self, call: tuple[Tensor, Tensor, State]) -> bool:
         """Whether a CUDA graph may hold the step: on a GPU, of a whole window, with a loss that waits for nothing."""
-        if self.device.type != "cuda" or len(call[0]) != self.settings["bptt"]:
-            return False
-        if environment_flag("TIEDKL_CHECK_TARGETS"):
-            return False
-        return self.captured is not None or self.loss.impl(self.model, call[0].numel()) in ("triton", "cuda")
+        return self.device.type == "cuda" and len(call[0]) == self.settings["bptt"] and not self._loss_waits
+
+    @functools.cached_property
+    def _loss_waits(self) -> bool:
+        """Whether the loss has the host wait for the GPU."""
+        plan = self.loss.plan(self.model, self.settings["bptt"] * self.data.train[0].shape[1])
+        return plan.impl not in ("triton", "cuda") or environment_flag("TIEDKL_CHECK_TARGETS")
 
     def _end_epoch(self) -> None:
         began = time.perf_counter()

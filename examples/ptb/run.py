@@ -2,7 +2,7 @@
 
     python examples/ptb/run.py small --data DIR                          one run after the other
     python examples/ptb/run.py small --data DIR --jobs 2 --threads 1     two at a time
-    python examples/ptb/run.py large --data DIR --device cuda --minutes 9
+    python examples/ptb/run.py large --data DIR --device cuda --tf32 --minutes 9
     python examples/ptb/run.py sixteenth --data DIR --only 'tau*'        labels by pattern
     python examples/ptb/tables.py                                        what came out
 
@@ -131,6 +131,8 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # `main` blocked it: an interrupted import is a mess
     torch.set_num_threads(args.threads)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
     store = Store(str(args.runs))
 
     def save(state: dict[str, Any]) -> None:
@@ -150,7 +152,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         "seed": run.seed,
         "fraction": run.fraction,
         **identity,
-        "stamp": stamp(trainer.device),
+        "stamp": stamp(trainer.device) | {"tf32": args.tf32},
         # enough for a bootstrap of the text
         "test_blocks": None if losses is None else [round(x, 5) for x in block_means(losses).tolist()],
         **trainer.result(),
@@ -196,12 +198,17 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, action="append", help="only this seed; repeatable")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--tf32", action="store_true", help="products with 10 bits of mantissa, as cuDNN's LSTM by default; for a GPU"
+    )
     return parser.parse_args(command)
 
 
 def main() -> int:
     args = arguments()
     runner.pick_device(args.device)
+    if args.tf32 and torch.device(args.device).type != "cuda":
+        raise CompareError("--tf32 is for a GPU: add --device cuda")
     if args.jobs < 1 or args.threads < 1:
         raise CompareError(f"jobs={args.jobs}, threads={args.threads}: expected at least 1 of each")
     deadline = time.time() + 60 * args.minutes

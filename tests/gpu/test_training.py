@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tiedkl.compare import lstm
 from tiedkl.compare.settings import VARIANTS, Settings
 from tiedkl.compare.training import Data, Trainer
 
@@ -50,3 +51,24 @@ def test_a_captured_step_is_the_step(model: str, variant: str, monkeypatch: pyte
             assert a["valid_ppl"] == pytest.approx(b["valid_ppl"], rel=1e-4)
         for p, q in zip(other.model.parameters(), plain.model.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_an_lstm_with_kernels_is_that_without(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states and every gradient."""
+    torch.manual_seed(0)
+    net = lstm.VariationalLSTM(200, 2, dropout).to(DEVICE)
+    for p in net.parameters():
+        torch.nn.init.uniform_(p, -0.1, 0.1)
+    x = torch.randn(BPTT, BATCH, 200, device=DEVICE, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        out, carried = net(x, net.start(BATCH), torch.Generator(DEVICE).manual_seed(1))
+        grads = torch.autograd.grad((out * out.detach().cos()).sum(), [x, *net.parameters()])
+        return [out.detach(), *(t for pair in carried for t in pair), *grads]
+
+    with_kernels = run()
+    assert lstm._kernels(x.device, x.dtype) is not None
+    monkeypatch.setattr(lstm, "_kernels", lambda device, dtype: None)
+    for got, want in zip(with_kernels, run(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().amax()))

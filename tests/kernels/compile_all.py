@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import triton
-from tiedkl.kernels import config, grads, launch, products, stats
+from tiedkl.kernels import config, grads, launch, lstm, products, stats
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,7 +26,7 @@ INTEGERS = {"y", "ids", "row_ids", "count", "which", "order", "start"}
 DOUBLES = {"targets", "zys", "selves"}
 OUT_DOUBLES = {"finish_targets_kernel", "target_dots_kernel"}
 FLOATS = {"inv_t", "softcap", "alpha", "smoothing", "z_loss"}
-SIZES = {"N", "V", "D", "capacity", "v0", "M", "K", "share", "n_splits", "width"}
+SIZES = {"N", "V", "D", "capacity", "v0", "M", "K", "share", "n_splits", "width", "H"}
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 NARROW_STORE = re.compile(r"st\.global\.b(?:16|32) ")  # one element, not a vector of them
 
@@ -97,6 +97,8 @@ def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
             size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}
             yield stats.target_dots_kernel, dtype, None, {**size_d, **some}
     yield stats.finish_targets_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS}
+    for kernel in (lstm.lstm_cell_kernel, lstm.lstm_cell_gradient_kernel):
+        yield kernel, "fp32", None, {"HAS_MASK": True, "BLOCK": lstm.COLUMNS}
     for some in options("KL SMOOTHING", "KL", "KL SMOOTHING", ""):
         yield stats.finish_tokens_kernel, "fp32", None, {"BLOCK_N": config.SMALL_ROWS, **some}
 

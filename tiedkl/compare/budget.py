@@ -45,6 +45,7 @@ def measure(trainers: list[Trainer], budget: float) -> Speed:
             before = trainer.trained["seconds"]
             with suppress(Diverged):  # a text of a few steps; the training itself will say so
                 next(events, None)
+            trainer.wait()
             if trainer.trained["seconds"] > before:
                 steps[i].append(trainer.trained["seconds"] - before)
             if k % 4 == 1:

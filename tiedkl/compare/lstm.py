@@ -5,7 +5,8 @@ through the unrolled window; the same mask hides a hidden unit from its own recu
 `nn.LSTM` cannot do that, and a Python loop recorded by autograd spends much of its time on bookkeeping. Here a layer is
 one autograd node: the forward loop runs in preallocated buffers, and the backward loop holds one GEMM and four
 element-wise operations a step, because every factor that does not depend on the incoming gradient is computed for the
-whole window at once.
+whole window at once. On a GPU, where a small operation costs its launch and no more, Triton's kernels (kernels/lstm.py)
+are the element-wise part of a step: one each way.
 
 Symbols: T steps, B sequences, D input width, H units. Gates lie in the order o, i, f, g, so that the three sigmoids are
 contiguous, and so are the three gates that the cell gradient drives.
@@ -13,12 +14,26 @@ contiguous, and so are the three gates that the cell gradient drives.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 State = list[tuple[Tensor, Tensor]]  # one (h, c) a layer, each (B, H), h before its mask
+
+
+@functools.cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The Triton kernels of a step, where there are any for such tensors."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return None
+    try:
+        from ..kernels import lstm
+    except ImportError:  # Triton is missing
+        return None
+    return lstm
 
 
 class _LSTMWindow(torch.autograd.Function):
@@ -44,8 +59,12 @@ class _LSTMWindow(torch.autograd.Function):
         hm_at, c_at = hm.unbind(0), c.unbind(0)
         o, i, f, g = (part.unbind(0) for part in gates.chunk(4, dim=-1))
         sigmoids, all_gates, tanh_c_at = gates[..., : 3 * n_hid].unbind(0), gates.unbind(0), tanh_c.unbind(0)
+        kernels = _kernels(x.device, x.dtype)
         for t in range(n_steps):
             all_gates[t].addmm_(hm_at[t], w_ht)
+            if kernels:
+                kernels.cell(all_gates[t], c_at[t], c_at[t + 1], tanh_c_at[t], hm_at[t + 1], mask)
+                continue
             sigmoids[t].sigmoid_()
             g[t].tanh_()
             torch.mul(i[t], g[t], out=c_at[t + 1]).addcmul_(f[t], c_at[t])
@@ -62,36 +81,54 @@ class _LSTMWindow(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, *_: Tensor) -> Any:
         x, w_x, w_h, gates, hm, c, tanh_c, mask = ctx.saved_tensors
         n_steps, n_seq, n_hid = tanh_c.shape
-        o, i, f, g = gates.chunk(4, dim=-1)
-        masked_o, masked_tanh = (o, tanh_c) if mask is None else (o * mask, tanh_c * mask)
-        # d gates = k * (d_hm for o, d_c for the rest); k is known before the loop starts
-        k = torch.empty_like(gates)
-        driven = torch.cat([masked_tanh, g, c[:-1]], -1)  # what o, i and f multiply
-        oif = slice(None, 3 * n_hid)
-        torch.ops.aten.sigmoid_backward(driven, gates[..., oif], grad_input=k[..., oif])
-        torch.ops.aten.tanh_backward(i, g, grad_input=k[..., 3 * n_hid :])
-        k_c = torch.ops.aten.tanh_backward(masked_o, tanh_c)
-        d_gates = torch.empty_like(gates)
-        d_c, d_hm = torch.zeros_like(c[0]), torch.empty_like(c[0])
-        rows = d_gates.unbind(0)
-        d_o = d_gates[..., :n_hid].unbind(0)
-        d_ifg = d_gates[..., n_hid:].unflatten(-1, (3, n_hid)).unbind(0)
-        k_ifg_at = k[..., n_hid:].unflatten(-1, (3, n_hid)).unbind(0)
-        k_o_at, k_c_at, f_at, d_out_at = k[..., :n_hid].unbind(0), k_c.unbind(0), f.unbind(0), d_out.unbind(0)
-        d_c_wide = d_c.unsqueeze(1)
-        d_hm.copy_(d_out_at[-1])
-        for t in range(n_steps - 1, -1, -1):
-            torch.mul(d_hm, k_o_at[t], out=d_o[t])
-            d_c.addcmul_(d_hm, k_c_at[t])
-            torch.mul(d_c_wide, k_ifg_at[t], out=d_ifg[t])
-            if t:
-                d_c.mul_(f_at[t])
-                torch.addmm(d_out_at[t - 1], rows[t], w_h, out=d_hm)
+        kernels = _kernels(x.device, x.dtype)
+        d_hm = d_out.clone(
+            memory_format=torch.contiguous_format
+        )  # of each step by the layers above; the loop adds the step after
+        if kernels:
+            d_gates = torch.empty_like(gates)
+            d_c = torch.zeros_like(c[0])
+            for t in range(n_steps - 1, -1, -1):
+                kernels.cell_gradient(gates[t], c[t], tanh_c[t], mask, d_hm[t], d_c, d_gates[t])
+                if t:
+                    d_hm[t - 1].addmm_(d_gates[t], w_h)
+        else:
+            d_gates = _gate_gradients(gates, c, tanh_c, mask, w_h, d_hm)
         flat = d_gates.view(n_steps * n_seq, 4 * n_hid)
         d_x = (flat @ w_x).view_as(x) if ctx.needs_input_grad[0] else None
         d_w_x = flat.T @ x.reshape(n_steps * n_seq, -1)
         d_w_h = flat.T @ hm[:-1].reshape(n_steps * n_seq, n_hid)
         return d_x, None, None, d_w_x, d_w_h, flat.sum(0), None
+
+
+def _gate_gradients(gates: Tensor, c: Tensor, tanh_c: Tensor, mask: Tensor | None, w_h: Tensor, d_hm: Tensor) -> Tensor:
+    """Gradient (T, B, 4H) of the sums of products. d_hm (T, B, H): by the layers above; what later steps add is added."""
+    n_hid = tanh_c.shape[-1]
+    o, i, f, g = gates.chunk(4, dim=-1)
+    masked_o, masked_tanh = (o, tanh_c) if mask is None else (o * mask, tanh_c * mask)
+    # d gates = k * (d_hm for o, d_c for the rest); k is known before the loop starts
+    k = torch.empty_like(gates)
+    driven = torch.cat([masked_tanh, g, c[:-1]], -1)  # what o, i and f multiply
+    oif = slice(None, 3 * n_hid)
+    torch.ops.aten.sigmoid_backward(driven, gates[..., oif], grad_input=k[..., oif])
+    torch.ops.aten.tanh_backward(i, g, grad_input=k[..., 3 * n_hid :])
+    k_c = torch.ops.aten.tanh_backward(masked_o, tanh_c)
+    d_gates = torch.empty_like(gates)
+    d_c = torch.zeros_like(c[0])
+    rows, d_hm_at = d_gates.unbind(0), d_hm.unbind(0)
+    d_o = d_gates[..., :n_hid].unbind(0)
+    d_ifg = d_gates[..., n_hid:].unflatten(-1, (3, n_hid)).unbind(0)
+    k_ifg_at = k[..., n_hid:].unflatten(-1, (3, n_hid)).unbind(0)
+    k_o_at, k_c_at, f_at = k[..., :n_hid].unbind(0), k_c.unbind(0), f.unbind(0)
+    d_c_wide = d_c.unsqueeze(1)
+    for t in range(len(gates) - 1, -1, -1):
+        torch.mul(d_hm_at[t], k_o_at[t], out=d_o[t])
+        d_c.addcmul_(d_hm_at[t], k_c_at[t])
+        torch.mul(d_c_wide, k_ifg_at[t], out=d_ifg[t])
+        if t:
+            d_c.mul_(f_at[t])
+            d_hm_at[t - 1].addmm_(rows[t], w_h)
+    return d_gates
 
 
 def draw_mask(shape: tuple[int, ...], dropout: float, like: Tensor, generator: torch.Generator) -> Tensor:

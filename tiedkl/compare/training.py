@@ -128,6 +128,9 @@ class Trainer:
         self.carried: State = []
         self.captured: CapturedStep | None = None
         self.sums = {"ce": 0.0, "kl": 0.0, "tokens": 0, "seconds": 0.0}  # of the epoch under way
+        self.terms = torch.zeros(2, dtype=torch.float64, device=device)  # its CE and KL, which `wait` reads
+        windows = (data.train[1] >= 0).sum(1).split(settings["bptt"])
+        self.window_tokens: list[int] = torch.stack([n.sum() for n in windows]).tolist()
         self.seconds = 0.0  # of training and evaluation so far
         self.trained = {"tokens": 0, "seconds": 0.0}  # so far, evaluation left out
         self.curves: list[dict[str, Any]] = []
@@ -192,14 +195,29 @@ class Trainer:
             ce, kl, carried = self._forward_backward(*call)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["clip"])
         self.optimizer.step()
+        self.terms += torch.stack((ce, kl)).detach()
+        n_tokens = self.window_tokens[self.step]
         self.carried, self.step = carried, self.step + 1
-        n_tokens = int((targets[window] >= 0).sum())
-        added = {"ce": float(ce), "kl": float(kl), "tokens": n_tokens}  # waits for a GPU
-        seconds = added["seconds"] = time.perf_counter() - began
-        self.sums = {name: value + added[name] for name, value in self.sums.items()}
+        self.sums["tokens"] += n_tokens
         self.trained["tokens"] += n_tokens
+        self._took(time.perf_counter() - began)
+
+    def _took(self, seconds: float) -> None:
+        """Count time of training."""
+        self.sums["seconds"] += seconds
         self.trained["seconds"] += seconds
         self.seconds += seconds
+
+    def wait(self) -> None:
+        """Wait for a GPU to finish the steps it was given; `sums` and the times are whole then.
+
+        A step only hands its work over, so that the GPU never waits for the host.
+        """
+        if not self.step:
+            return
+        began = time.perf_counter()
+        self.sums["ce"], self.sums["kl"] = self.terms.tolist()
+        self._took(time.perf_counter() - began)
 
     def _forward_backward(self, inputs: Tensor, targets: Tensor, carried: State) -> tuple[Tensor, Tensor, State]:
         """Gradients of a window; its CE and KL, each summed over its tokens, and the state to carry on."""
@@ -221,6 +239,7 @@ class Trainer:
         return plan.impl not in ("triton", "cuda") or environment_flag("TIEDKL_CHECK_TARGETS")
 
     def _end_epoch(self) -> None:
+        self.wait()
         began = time.perf_counter()
         valid_ce = self.evaluate(self.data.valid)
         sums = self.sums
@@ -245,6 +264,7 @@ class Trainer:
             self.best = {"epoch": self.epoch + 1, "valid_ppl": perplexity(valid_ce), "weights": weights}
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = {name: type(value)() for name, value in sums.items()}
+        self.terms.zero_()
         self.seconds += time.perf_counter() - began
 
     @torch.no_grad()
@@ -270,6 +290,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint must hold; tensors, numbers, strings and containers only."""
+        self.wait()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -290,6 +311,7 @@ class Trainer:
         self.generator.set_state(state["generator"].cpu())
         for name in self._PLAIN:
             setattr(self, name, state[name])
+        self.terms.copy_(torch.tensor([self.sums["ce"], self.sums["kl"]], dtype=torch.float64))
         if self.test_losses is not None:
             self.test_losses = self.test_losses.cpu()
 

@@ -4,8 +4,8 @@ An experiment is a list of runs; a run is one variant, one seed, one set of sett
 settings are those of `tiedkl.compare`. They follow Inan, Khosravi and Socher (2017) where the paper gives them, else
 its Keras reimplementation: two LSTM layers, SGD at rate 1 on sums over time steps, 20 sequences, 35 steps, rate times
 0.9 an epoch after the fifth, gradient norm 5 or 6, variational dropout. They depart from the paper in one thing, the
-output bias of +RE and +REAL, which runs called "no bias" lack as the paper's do; and `small` and `large`
-have shorter schedules, `small40` and `medium` not.
+output bias of +RE and +REAL, which runs called "no bias" lack as the paper's do; `small` and `large` have shorter
+schedules, `small40` and `medium` not.
 """
 
 from __future__ import annotations

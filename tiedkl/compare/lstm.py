@@ -102,7 +102,7 @@ class _LSTMWindow(torch.autograd.Function):
 
 
 def _gate_gradients(gates: Tensor, c: Tensor, tanh_c: Tensor, mask: Tensor | None, w_h: Tensor, d_hm: Tensor) -> Tensor:
-    """Gradient (T, B, 4H) of the sums of products. d_hm (T, B, H): by the layers above; what later steps add is added."""
+    """Gradient (T, B, 4H) of the sums of products. d_hm (T, B, H): by the layer above; later steps add theirs."""
     n_hid = tanh_c.shape[-1]
     o, i, f, g = gates.chunk(4, dim=-1)
     masked_o, masked_tanh = (o, tanh_c) if mask is None else (o * mask, tanh_c * mask)

@@ -28,6 +28,7 @@ def arguments(doc: str | None, result: Path, *, rounds: int, dtype: str) -> argp
     parser.add_argument(
         "--out", type=Path, help="folder for the files; default benchmarks/results/, with --against build/bench"
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile compiles")
     parser.add_argument("--smoke", action="store_true", help="toy size")
     parser.add_argument(
         "--against", type=Path, nargs="?", const=result, metavar="JSON", help="an older result; default the committed"
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace, workloads: Sequence[Workload], folder: Path, 
         command=shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         rounds=args.rounds,
         budget_seconds=args.budget_seconds,
-        compiled=not args.smoke,
+        compiled=not (args.smoke or args.no_compile),
         fresh_caches=False,  # what the tests compiled before need not be compiled again
         json=file,
         **options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from tiedkl import backends, testing
 from tiedkl.backends import reference as honest
 from tiedkl.problem import Grads, Terms
+from tiedkl.testing import oracle
+
+judge = importlib.import_module("tiedkl.testing.judge")  # the package has a function of that name
 
 COUNT = 2 * len(testing.KINDS)
 
@@ -143,6 +147,39 @@ def test_a_cheap_exponential_in_the_loss_is_a_breach(monkeypatch: pytest.MonkeyP
     _spoil(monkeypatch, change)
     assert {"ce", "loss"} <= _breaches("upstream", "float32")
     assert "kl" in _breaches("near_teacher", "float32")
+
+
+def test_equal_rows_lose_their_luck_in_products_of_two_orders() -> None:
+    """Errors of d_w that cancel in eager's one product do not where a BLAS takes two."""
+    case = testing.make_case(0, 43, "float32")
+    assert case.kind == "equal_rows"
+    flat = oracle.flatten(case, testing.make_inputs(case))
+    right = oracle.truth(case, flat).grads["dw"]
+    again = oracle.eager_again(case, flat, torch.Generator().manual_seed(0))
+    once, other = ((v.grads["dw"] - right).norm() for v in (oracle.eager(case, flat), again))
+    assert other > 3 * once
+
+
+@pytest.mark.parametrize("often", [False, True])
+def test_bad_luck_is_no_breach_and_a_fault_is(monkeypatch: pytest.MonkeyPatch, often: bool) -> None:
+    """Two competing words: the gradient has the error of one logit. Twice the bound once in nine, and every time."""
+    case = testing.make_case(0, 42, "float32")
+    assert case.kind == "large"
+    judged = judge._Judge(case, "cpu")
+    judged.more_eager()
+    errors = [v.grads["dh"] - judged.right.grads["dh"] for v in judged.eager]
+    typical = max(errors, key=lambda e: float(e.norm()))
+    typical = typical * (judge._mean([float(e.norm()) for e in errors]) / typical.norm())
+    calls: list[float] = []
+
+    def use(case: testing.Case, *_: object) -> oracle.Values:
+        calls.append(3.0 if often or not calls else 1.0)
+        return replace(judged.right, grads={**judged.right.grads, "dh": judged.right.grads["dh"] + calls[-1] * typical})
+
+    monkeypatch.setattr(judge, "use", use)
+    monkeypatch.setattr(judge, "use_again", use)
+    assert [text.split(":")[0] for text in judged.run("reference").breaches] == (["dh"] if often else [])
+    assert len(calls) == 1 + judge.REPEATS
 
 
 def test_nan_is_a_breach(monkeypatch: pytest.MonkeyPatch) -> None:

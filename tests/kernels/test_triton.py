@@ -28,7 +28,7 @@ if backend.unsupported(CPU, torch.float32):
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from tiedkl.kernels import config, exponential, launch, stats, tile  # noqa: E402
+from tiedkl.kernels import config, exponential, launch, products, stats, tile  # noqa: E402
 
 OPTIONS = {
     "default": Options(2.0, 5.0),
@@ -332,3 +332,24 @@ def test_splits_cover_the_vocabulary_and_the_multiprocessors(
         programs, places = row_tiles * n, 132 * resident
         least = 0.85 if resident == 1 else 0.75  # 200 row tiles on 264 places: five splits would fill them better
         assert programs / (-(-programs // places) * places) > least, (n, share)
+
+
+def test_thousands_of_like_terms_do_not_add_up_in_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU adds the terms of a float32 product to its accumulator one after the other; the interpreter does not."""
+    from triton.runtime import interpreter
+
+    def chain(builder, a, b, d, precision, imprecise):
+        total = d.data
+        for k in range(a.data.shape[1]):  # a fused multiply-add each
+            total = (a.data[:, k : k + 1].astype(float) * b.data[k : k + 1] + total).astype("float32")
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", chain)
+    x, y = torch.full((16, 3000), 0.1), torch.full((3000, 48), 0.3)
+    out, right = torch.zeros(16, 48), x.double() @ y.double()
+    products.add_counted_product(out, x, y, torch.tensor(3000), inner=True)
+    assert float((out - right).abs().max()) < 2e-6 * float(right[0, 0])
+    plain = torch.zeros(())
+    for _ in range(3000):
+        plain += 0.1 * 0.3
+    assert float((plain - right[0, 0]).abs()) > 8e-6 * float(right[0, 0])  # what a chain gives

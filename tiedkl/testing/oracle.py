@@ -103,15 +103,32 @@ def truth(case: Case, f: Flat) -> Values:
     return _values(case, f, terms.ce, terms.kl, {"dh": d.h, "dw": d.w, "db": d.b, "dt": d.t})
 
 
-def eager(case: Case, f: Flat) -> Values:
-    """PyTorch as a user would write it: logits in the case's dtype, upcast, F.cross_entropy, F.kl_div, autograd."""
+def _products(x: Tensor, rows: Tensor, b: Tensor | None, other: Tensor | None) -> Tensor:
+    """F.linear(x, rows, b); with `other`, an order of the features, the later half of the rows in that order.
+
+    A BLAS multiplies blocks of other widths in other orders. Rows that are equal then have logits that are not, whose
+    rounding errors no longer cancel in a softmax.
+    """
+    if other is None:
+        return F.linear(x, rows, b)
+    half = len(rows) // 2
+    z = torch.cat((F.linear(x, rows[:half]), F.linear(x[:, other], rows[half:, other])), 1)
+    return z if b is None else z + b
+
+
+def eager(case: Case, f: Flat, others: tuple[Tensor, Tensor] | None = None) -> Values:
+    """PyTorch as a user would write it: logits in the case's dtype, upcast, F.cross_entropy, F.kl_div, autograd.
+
+    others: orders of the features, D and D' of them, in which half of the products are added up.
+    """
     o = case.options
     tau, acc = o["temperature"], torch.float64 if case.dtype == "float64" else torch.float32
     h, w = f.h.detach().clone().requires_grad_(), f.w.detach().clone().requires_grad_()
     b = None if f.b is None else f.b.detach().clone().requires_grad_()
     t = None if f.t is None else f.t.detach().clone().requires_grad_(o["target_grad"])
     valid, y = f.y != IGNORE, f.y.clamp(min=0)
-    z = F.linear(h, w, b).to(acc)
+    other, other_t = others or (None, None)
+    z = _products(h, w, b, other).to(acc)
     if o["softcap"]:
         z = o["softcap"] * torch.tanh(z / o["softcap"])
     ce = F.cross_entropy(z, y, reduction="none", label_smoothing=o["label_smoothing"])
@@ -121,7 +138,7 @@ def eager(case: Case, f: Flat) -> Values:
     if o["alpha"]:
         teacher = w if t is None else t
         teacher = teacher if o["target_grad"] else teacher.detach()
-        s = F.linear(teacher[y], teacher).to(acc)
+        s = _products(teacher[y], teacher, None, other if t is None else other_t).to(acc)
         kl = F.kl_div(F.log_softmax(z / tau, -1), F.softmax(s / tau, -1), reduction="none").sum(-1)
     ce, kl = torch.where(valid, ce, 0.0), torch.where(valid, kl, 0.0)
     loss = (ce + o["alpha"] * kl) * (f.scale * f.upstream).to(acc)
@@ -135,7 +152,7 @@ def eager(case: Case, f: Flat) -> Values:
 
 
 def eager_again(case: Case, f: Flat, generator: torch.Generator) -> Values:
-    """Eager with tokens and features in another order, which changes its rounding errors and nothing else."""
+    """Eager with tokens and features in other orders, which changes its rounding errors and nothing else."""
     n, d = f.h.shape
     rows, columns = torch.randperm(n, generator=generator), torch.randperm(d, generator=generator)
     rows, columns = rows.to(f.h.device), columns.to(f.h.device)
@@ -148,7 +165,9 @@ def eager_again(case: Case, f: Flat, generator: torch.Generator) -> Values:
         upstream=f.upstream[rows] if f.upstream.dim() else f.upstream,
         tokens=None if f.tokens is None else f.tokens[rows],
     )
-    x, undo, back = eager(case, moved), rows.argsort(), columns.argsort()
+    width_t = d if f.t is None else f.t.shape[1]
+    others = tuple(torch.randperm(n_features, generator=generator).to(f.h.device) for n_features in (d, width_t))
+    x, undo, back = eager(case, moved, (others[0], others[1])), rows.argsort(), columns.argsort()
     tokens = {name: a[undo] for name, a in x.tokens.items()}
     reduced = {name: a[undo] if a.dim() else a for name, a in x.reduced.items()}
     grads = dict(x.grads)
@@ -222,6 +241,13 @@ def use(case: Case, x: Inputs, impl: str) -> Values:
     if "dh" in grads:
         grads["dh"] = grads["dh"].reshape(-1, case.width)
     return Values(reduced, tokens, grads)
+
+
+def use_again(case: Case, x: Inputs, impl: str, generator: torch.Generator) -> Values:
+    """`use` with the features in another order."""
+    columns = torch.randperm(case.width, generator=generator).to(x.h.device)
+    found, back = use(case, replace(x, h=x.h[..., columns], w=x.w[:, columns]), impl), columns.argsort()
+    return replace(found, grads={n: d[:, back] if n in ("dh", "dw") else d for n, d in found.grads.items()})
 
 
 def ulp(case: Case, quantity: str, scale: float) -> float:

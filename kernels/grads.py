@@ -14,7 +14,7 @@ from torch import Tensor
 from tiedkl.problem import Problem
 
 from .exponential import LOG2_E, NEAR, excess_near_zero, exp, expm1, power, power_of_two
-from .launch import Targets, fast, launch
+from .launch import Targets, cdiv, fast, launch
 from .stats import FLOOR, add
 from .tile import at_least, finish_logits, halves, product_tile, stored_tile, tile_of
 
@@ -339,7 +339,7 @@ def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> No
     """t[ids] t[columns]^T of the distinct targets into `out` (capacity, B) float32."""
     tile, constants = launch(t, "similarity")
     width = columns.stop - columns.start
-    similarity_kernel[(triton.cdiv(targets.capacity, tile.rows) * triton.cdiv(width, tile.cols),)](
+    similarity_kernel[(cdiv(targets.capacity, tile.rows) * cdiv(width, tile.cols),)](
         t,
         targets.ids,
         targets.count,
@@ -356,7 +356,7 @@ def similarities(t: Tensor, targets: Targets, columns: slice, out: Tensor) -> No
 
 def column_tiles(h: Tensor, columns: int, stored: bool = False) -> int:
     """Slots of running KL sums that blocks of `columns` need."""
-    return triton.cdiv(columns, launch(h, "gradient", stored=stored).tile.cols)
+    return cdiv(columns, launch(h, "gradient", stored=stored).tile.cols)
 
 
 def gradient_block(
@@ -372,7 +372,7 @@ def gradient_block(
     width = columns.stop - columns.start
     some = rows  # in the place of what is not there
     block = next(x for x in (grad, delta, s, some) if x is not None)
-    gradient_kernel[(triton.cdiv(len(p.h), tile.rows) * triton.cdiv(width, tile.cols),)](
+    gradient_kernel[(cdiv(len(p.h), tile.rows) * cdiv(width, tile.cols),)](
         x, p.w, p.w if p.b is None else p.b, p.y, which, some if s is None else s, rows, some if kl is None else kl,
         some if grad is None else grad, some if delta is None else delta, terms, len(p.h), columns.start, width,
         p.h.shape[1], x.stride(0), p.w.stride(0), 0 if s is None else s.stride(0), block.stride(0), inv_t,
@@ -391,7 +391,7 @@ def target_gradient(
     `order` (N,) sorts the tokens by target, `start` (capacity + 1,) says where each target's begin.
     """
     width = columns.stop - columns.start
-    target_gradient_kernel[(targets.capacity, triton.cdiv(width, ROW_COLUMNS))](
+    target_gradient_kernel[(targets.capacity, cdiv(width, ROW_COLUMNS))](
         delta,
         order,
         start,

@@ -6,7 +6,6 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import config
@@ -38,7 +37,7 @@ class Launch(NamedTuple):
     """Tile and grid of a product kernel."""
 
     tile: Tile
-    constants: dict[str, Any]  # constexpr arguments that follow from the tile
+    constants: dict[str, Any]  # constexpr arguments that follow from the tile; shared, not to be changed
 
 
 def compiler_options(tile: Tile, whole: bool = False) -> dict[str, int]:
@@ -63,41 +62,52 @@ def launch(
     size = x.element_size()
     row = config.STORED[size] if stored and arch != "interpreter" else tiles(arch, size)
     tile: Tile = getattr(row, which)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this has been set
-    return Launch(
-        tile,
-        {
-            "BLOCK_N": tile.rows,
-            "BLOCK_V": tile.cols,
-            "BLOCK_D": tile.depth,
-            "EVEN_D": x.shape[1] % tile.depth == 0,
-            "PRECISION": "tf32" if x.dtype == torch.float32 and tf32 and not torch.version.hip else "ieee",
-            **compiler_options(tile, whole),
-        },
-    )
+    float32 = x.dtype == torch.float32 and not torch.version.hip
+    # allow_tf32 raises once this has been set
+    tf32 = float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Launch(tile, _constants(tile, x.shape[1] % tile.depth == 0, "tf32" if tf32 else "ieee", whole))
+
+
+@functools.cache
+def _constants(tile: Tile, even: bool, precision: str, whole: bool) -> dict[str, Any]:
+    return {
+        "BLOCK_N": tile.rows,
+        "BLOCK_V": tile.cols,
+        "BLOCK_D": tile.depth,
+        "EVEN_D": even,
+        "PRECISION": precision,
+        **compiler_options(tile, whole),
+    }
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` is one for kernels too, and takes ten microseconds."""
+    return -(-a // b)
 
 
 def busy(programs: int, tile: Tile, device: torch.device) -> float:
     """Share of the multiprocessors' time that programs of equal length use."""
     places = processors(device) * tile.resident
-    return programs / (triton.cdiv(programs, places) * places)
+    return programs / (cdiv(programs, places) * places)
 
 
+@functools.cache
 def filling(rows: int, columns: int, tile: Tile, device: torch.device) -> int:
     """Columns of a block of so many rows, at most `columns` and at least three quarters of them, that idle least."""
-    row_tiles, most = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.cols)
+    row_tiles, most = cdiv(rows, tile.rows), cdiv(columns, tile.cols)
     best = max(range(most, most * 3 // 4, -1), key=lambda n: busy(row_tiles * n, tile, device))
     return min(columns, best * tile.cols)
 
 
+@functools.cache
 def splits(row_tiles: int, vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """(splits of the vocabulary, tiles per split): some four programs a multiprocessor, few idle at the end."""
     places = processors(device) * tile.resident
-    tiles, wanted = triton.cdiv(vocab, tile.cols), triton.cdiv(max(4 * processors(device), places), row_tiles)
+    tiles, wanted = cdiv(vocab, tile.cols), cdiv(max(4 * processors(device), places), row_tiles)
     some = range(max(1, wanted // 2), max(2, wanted * 3 // 2))
     best = max(some, key=lambda n: busy(row_tiles * n, tile, device))
-    share = triton.cdiv(tiles, min(best, tiles))
-    return triton.cdiv(tiles, share), share
+    share = cdiv(tiles, min(best, tiles))
+    return cdiv(tiles, share), share
 
 
 class Targets(NamedTuple):

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .exponential import exp, expm1
+from .launch import cdiv
 
 COLUMNS = 128  # of a program
 
@@ -104,7 +105,7 @@ def lstm_cell_gradient_kernel(
 def cell(gates: Tensor, c: Tensor, c_next: Tensor, tanh_c: Tensor, hm_next: Tensor, mask: Tensor | None) -> None:
     """A step of B sequences, in place: sums of products `gates` (B, 4H) and c (B, H) to everything else (B, H)."""
     n_seq, n_hid = c.shape
-    lstm_cell_kernel[(triton.cdiv(n_hid, COLUMNS), n_seq)](
+    lstm_cell_kernel[(cdiv(n_hid, COLUMNS), n_seq)](
         gates, c, c_next, tanh_c, hm_next, c if mask is None else mask, n_hid, HAS_MASK=mask is not None, BLOCK=COLUMNS
     )
 
@@ -114,7 +115,7 @@ def cell_gradient(
 ) -> None:
     """A step backward: `d_gates` (B, 4H) is written, `d_c` (B, H) replaced by the gradient of the cell before."""
     n_seq, n_hid = c.shape
-    lstm_cell_gradient_kernel[(triton.cdiv(n_hid, COLUMNS), n_seq)](
+    lstm_cell_gradient_kernel[(cdiv(n_hid, COLUMNS), n_seq)](
         gates, c, tanh_c, c if mask is None else mask, d_hm, d_c, d_gates, n_hid,
         HAS_MASK=mask is not None, BLOCK=COLUMNS,
     )  # fmt: skip

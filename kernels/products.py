@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .exponential import INTERPRETED
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["M", "K"])
@@ -43,7 +43,7 @@ def counted_product_kernel(
     k = tl.arange(0, BLOCK_D).to(tl.int64)
     row_mask, col_mask = (m < rows)[:, None], (column < D)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    # One chain of thousands of additions is less accurate than cuBLAS's in float32, the more so where the terms are alike:
+    # A chain of thousands of float32 additions is less accurate than cuBLAS, the more so where the terms are alike:
     # those of a step are added up by themselves. Of a constant 0.0 the compiler would make one chain again.
     apart = PRECISION == "ieee" and right.dtype.element_ty == tl.float32
     nothing = total + (D < 0).to(tl.float32)
@@ -77,7 +77,7 @@ def add_counted_product(out: Tensor, x: Tensor, y: Tensor, count: Tensor, inner:
     """
     tile, constants = launch(y, "gradient", whole=True)
     (m, k), d = x.shape, y.shape[1]
-    constants["EVEN_D"] = d % tile.cols == 0
-    counted_product_kernel[(triton.cdiv(d, tile.cols), triton.cdiv(m, tile.rows))](
-        x, y, out, count, m, k, d, x.stride(0), x.stride(1), y.stride(0), out.stride(0), INNER=inner, **constants
-    )
+    counted_product_kernel[(cdiv(d, tile.cols), cdiv(m, tile.rows))](
+        x, y, out, count, m, k, d, x.stride(0), x.stride(1), y.stride(0), out.stride(0), INNER=inner,
+        **constants | {"EVEN_D": d % tile.cols == 0},
+    )  # fmt: skip

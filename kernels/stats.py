@@ -25,7 +25,7 @@ from tiedkl.problem import Problem
 
 from .config import SMALL_ROWS
 from .exponential import exp, power
-from .launch import Targets, fast, launch, splits
+from .launch import Targets, cdiv, fast, launch, splits
 from .tile import at_least, finish_logits, halves, product_tile, stored_tile, tile_of
 
 LOWEST = tl.constexpr(-3.0e38)
@@ -419,7 +419,7 @@ def _dots(x: Tensor, rows: Tensor | None, w: Tensor, ids: Tensor, bias: Tensor |
     """softcap(x[rows] . w[ids] + bias[ids]), (N,) float64; of no meaning where ids (N,) is negative."""
     n = len(ids)
     out = x.new_empty(n, dtype=torch.float64)
-    target_dots_kernel[(triton.cdiv(n, DOT_TILE[0]),)](
+    target_dots_kernel[(cdiv(n, DOT_TILE[0]),)](
         x, ids if rows is None else rows, w, ids, w if bias is None else bias, out, n, x.shape[1], x.stride(0),
         w.stride(0), softcap, HAS_ROWS=rows is not None, HAS_BIAS=bias is not None, SOFTCAP=softcap != 0,
         BLOCK_N=DOT_TILE[0], BLOCK_D=DOT_TILE[1],
@@ -437,9 +437,9 @@ class TargetStats(NamedTuple):
 def target_stats(t: Tensor, targets: Targets, inv_t: float, s: Tensor | None = None) -> TargetStats:
     """Statistics of the rows t[ids] t^T, t (V, D), which `s` (capacity, V) float32 may hold."""
     tile, constants = launch(t, "similarity", stored=s is not None)
-    row_tiles = triton.cdiv(targets.capacity, tile.rows)
+    row_tiles = cdiv(targets.capacity, tile.rows)
     # On natural text a quarter of the tokens' targets are distinct; the other programs leave at once.
-    n_splits, share = splits(triton.cdiv(row_tiles, 4), len(t), tile, t.device)
+    n_splits, share = splits(cdiv(row_tiles, 4), len(t), tile, t.device)
     sums = t.new_empty(TARGET_SUMS, n_splits, targets.capacity, dtype=torch.float32)
     out = t.new_empty(TARGET_VALUES, targets.capacity, dtype=torch.float64)
     selves = _dots(t, targets.ids, t, targets.ids, None, 0.0)
@@ -448,7 +448,7 @@ def target_stats(t: Tensor, targets: Targets, inv_t: float, s: Tensor | None = N
         0 if s is None else s.stride(0), inv_t, share, STORED=s is not None, FAST=fast(t),
         **constants,
     )  # fmt: skip
-    finish_targets_kernel[(triton.cdiv(targets.capacity, SMALL_ROWS),)](
+    finish_targets_kernel[(cdiv(targets.capacity, SMALL_ROWS),)](
         sums, selves, targets.count, out, targets.capacity, n_splits, inv_t, BLOCK_N=SMALL_ROWS
     )
     return TargetStats(out, selves)
@@ -468,7 +468,7 @@ def token_stats(
     """
     o, (n, d), v = p.options, p.h.shape, len(p.w)
     tile, constants = launch(p.h, "statistics", stored=z is not None, whole=o.softcap != 0)
-    row_tiles = triton.cdiv(n, tile.rows)
+    row_tiles = cdiv(n, tile.rows)
     n_splits, share = splits(row_tiles, v, tile, p.h.device)
     sums = p.h.new_empty(TOKEN_SUMS, n_splits, n, dtype=torch.float32)
     terms = p.h.new_zeros(5, n, dtype=torch.float32)
@@ -483,7 +483,7 @@ def token_stats(
     some = sums  # in the place of what is not there
     zys = some if target_stats is None else _dots(p.h, None, p.w, p.y, p.b, o.softcap)
     target_sums, selves = (some, some) if target_stats is None else target_stats
-    finish_tokens_kernel[(triton.cdiv(n, SMALL_ROWS),)](
+    finish_tokens_kernel[(cdiv(n, SMALL_ROWS),)](
         sums, p.y, targets.which, target_sums, zys, selves, g, terms, rows, n, v, targets.capacity, n_splits, inv_t,
         o.alpha, o.label_smoothing, o.z_loss, KL=kl, SMOOTHING=o.label_smoothing != 0, BLOCK_N=SMALL_ROWS,
     )  # fmt: skip

@@ -61,8 +61,7 @@ class Tuning:
     target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
     all_targets: bool = False  # similarities are computed as if every token had a target of its own
     all_target_grads: bool = False  # the target gradient's products are taken likewise
-    # B from which one block of all tokens is preferred, since d_w is then complete at once; half of it where the budget
-    # is less than the default, as memory counts more there. 0: never
+    # B from which one block of all tokens is preferred, since d_w is then complete at once. 0: never
     whole_block: int = 0
     token_multiple: int = 1  # C likewise, where there are several blocks of tokens
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
@@ -168,7 +167,7 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
             tokens = even(tokens)
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
         columns = min(v, tuning.min_vocab_block)
-        whole = min(v, tuning.whole_block // (2 if budget < DEFAULT_WORKSPACE else 1))
+        whole = min(v, tuning.whole_block)
         one_block = whole and shape.grad and not shape.through_target and fits(n, whole)
         tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
         # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.

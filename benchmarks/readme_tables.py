@@ -22,6 +22,8 @@ from tiedkl.testing import ALL_DTYPES
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "bench_cpu.json"
 ACCURACY = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.json"
+GPU_RESULTS = [ROOT / "benchmarks" / "results" / "h200" / name for name in ("bench_gpu.json", "bench_gpu-2.json")]
+GPU_ROWS = {"tiedkl triton": "default", "tiedkl triton, CUDA graph": "CUDA graph", "tiedkl triton, 4 GiB": "4 GiB"}
 OURS, FALLBACK = "tiedkl cpp", "tiedkl torch"
 BASELINES = ("eager CE+KL", "torch.compile CE+KL", "eager CE")
 DRAWN = {OURS: "#137a4b", FALLBACK: "#5fae86", "torch.compile CE+KL": "#b3540b", "eager CE": "#1769aa"}
@@ -35,15 +37,21 @@ GOALS = {  # N, V, D, dtype -> at most, of eager CE+KL, torch.compile CE+KL, eag
 QUANTITIES = {"loss": "loss", "ce": "CE", "kl": "KL", "dh": "d_h", "dw": "d_w", "db": "d_b", "dt": "d_t"}
 
 
-def best_peer(rows: dict[str, Any], kl: bool) -> float | None:
-    """Seconds of the fastest library that is not tiedkl; of the accurate ones, where the result says which are."""
+def fastest_peer(rows: dict[str, Any], kl: bool) -> str | None:
+    """The fastest library that is not tiedkl; of the accurate ones, where the result says which are."""
     kinds = {name: row.get("kl", name.endswith("CE+KL")) for name, row in rows.items()}
-    times = [
-        row["seconds"]
+    times = {
+        name: row["seconds"]
         for name, row in rows.items()
         if kinds[name] == kl and not name.startswith("tiedkl") and row.get("status", "ok") == "ok" and "seconds" in row
-    ]
-    return min(times, default=None)
+    }
+    return min(times, key=times.__getitem__, default=None)
+
+
+def best_peer(rows: dict[str, Any], kl: bool) -> float | None:
+    """Its seconds."""
+    name = fastest_peer(rows, kl)
+    return None if name is None else rows[name]["seconds"]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -89,6 +97,39 @@ def speed(report: dict[str, Any]) -> str:
     )
     picture = f"![Time of a step in matrix products, by shape]({picture_file().relative_to(ROOT)})"
     return "\n\n".join([table(report), picture, caption, without])
+
+
+def gpu_speed(reports: list[dict[str, Any]]) -> str:
+    """The README's table of a GPU: ways to run tiedkl, and the fastest libraries, at each shape."""
+    head = ["N, V, D", "", "ms", "/ eager CE+KL", "/ eager CE", "GEMM floor / time", "extra memory, MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for result in (result for report in reports for result in report["results"]):
+        rows = result["rows"]
+        names = {name: f"tiedkl, {how}" for name, how in GPU_ROWS.items()}
+        for kl in (True, False):
+            peer = fastest_peer(rows, kl)
+            names |= {peer: f"{peer}, the fastest peer" if peer else ""} if peer else {}
+        shape = f"{result['N']}, {result['V']}, {result['D']}"
+        for name in sorted(names, key=lambda n: rows[n]["seconds"]):
+            row = rows[name]
+            ratios = [row["seconds"] / rows[b]["seconds"] for b in ("eager CE+KL", "eager CE")]
+            cells = [shape, names[name], f"{1e3 * row['seconds']:.1f}", *(f"{r:.2f}" for r in ratios)]
+            cells += [f"{row['floor_fraction']:.2f}" if row["kl"] else "", f"{row['peak_bytes'] / MIB:,.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    stamp = reports[0]["stamp"]
+    rounds = ", ".join(
+        f"{r['N']}, {r['V']}, {r['D']}: {max(x.get('samples', 0) for x in r['rows'].values())}"
+        for report in reports for r in report["results"]
+    )  # fmt: skip
+    peers = sorted(
+        {
+            name
+            for report in reports for result in report["results"] for name, row in result["rows"].items()
+            if "seconds" in row and not name.startswith("tiedkl")
+        }
+    )  # fmt: skip
+    where = f"{stamp['device']}, torch {stamp['torch']}, Triton {stamp['triton']}, commit {stamp['commit'][:7]}"
+    return "\n\n".join(["\n".join(lines), f"{where}, bfloat16, times of forward and backward; rounds: {rounds}. Measured: {', '.join(peers)}."])
 
 
 def goals(report: dict[str, Any]) -> str:
@@ -149,6 +190,7 @@ def blocks() -> dict[tuple[str, str], str]:
     bench, errors = read_json(RESULT), json.loads(ACCURACY.read_text("utf-8"))
     return {
         ("README.md", "speed"): speed(bench),
+        ("README.md", "speed on a GPU"): gpu_speed([read_json(file) for file in GPU_RESULTS]),
         ("README.md", "accuracy"): accuracy(errors),
         ("docs/design.md", "goals"): goals(bench),
     }

@@ -107,8 +107,8 @@ def gpu_speed(reports: list[dict[str, Any]]) -> str:
         rows = result["rows"]
         names = {name: f"tiedkl, {how}" for name, how in GPU_ROWS.items()}
         for kl in (True, False):
-            peer = fastest_peer(rows, kl)
-            names |= {peer: f"{peer}, the fastest peer" if peer else ""} if peer else {}
+            if peer := fastest_peer(rows, kl):
+                names[peer] = f"{peer}, the fastest peer"
         shape = f"{result['N']}, {result['V']}, {result['D']}"
         for name in sorted(names, key=lambda n: rows[n]["seconds"]):
             row = rows[name]
@@ -129,7 +129,8 @@ def gpu_speed(reports: list[dict[str, Any]]) -> str:
         }
     )  # fmt: skip
     where = f"{stamp['device']}, torch {stamp['torch']}, Triton {stamp['triton']}, commit {stamp['commit'][:7]}"
-    return "\n\n".join(["\n".join(lines), f"{where}, bfloat16, times of forward and backward; rounds: {rounds}. Measured: {', '.join(peers)}."])
+    caption = f"{where}, bfloat16, times of forward and backward; rounds: {rounds}. Measured: {', '.join(peers)}."
+    return "\n\n".join(["\n".join(lines), caption])
 
 
 def goals(report: dict[str, Any]) -> str:

@@ -55,6 +55,9 @@ TRANSFORMER: dict[str, Any] = {
     "temperature": 20.0,
     "gamma": 0.5,
 }
+# Zaremba et al. (2014) start larger networks from smaller weights; longer at the full rate than `medium` and `large`
+MEDIUM50: dict[str, Any] = PAPER | SIZES["medium"] | {"decay_after": 10, "epochs": 50}
+LARGE50: dict[str, Any] = PAPER | SIZES["large"] | {"lr_decay": 0.85, "decay_after": 25, "epochs": 50}
 SEEDS = range(1, 4)
 
 
@@ -70,6 +73,7 @@ class Run:
     fraction: float = 1.0  # of the training text, from its start
     help_texts: bool = False  # Python's own, the default text of `tiedkl compare`, whatever --data says
     loss: dict[str, Any] = field(default_factory=dict)
+    initial_range: float | None = None  # of an LSTM's weights; None: as `tiedkl compare`
 
     @property
     def name(self) -> str:
@@ -114,12 +118,23 @@ def _sixteenth() -> Iterator[Run]:
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 
 
+STRONGER: dict[str, Any] = {"gamma": 4.0}
+TARGET_GRAD: dict[str, Any] = {"target_grad": True}
+
+
+def _four_and_strongest(experiment: str, settings: dict[str, Any], **more: Any) -> list[Run]:
+    """Both losses first, as published and at their best on less text; one seed."""
+    both, *others = reversed(_four(experiment, settings, [1], **more))
+    best = Run(experiment, "target_grad,gamma=4", "real", 1, settings | STRONGER, loss=TARGET_GRAD, **more)
+    return [both, best, *others]
+
+
 def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
     """The four variants; both losses with eight times the published strength; and what a missing bias does.
 
     A seed after another.
     """
-    stronger, no_bias, target_grad = {"gamma": 4.0}, {"tied_bias": False}, {"target_grad": True}
+    stronger, no_bias, target_grad = STRONGER, {"tied_bias": False}, TARGET_GRAD
     others: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
         ("al,gamma=4", "al", stronger, {}),
         ("gamma=4", "real", stronger, {}),
@@ -138,7 +153,18 @@ def experiments() -> dict[str, list[Run]]:
     """Every experiment by name, its runs in the order in which they are trained."""
     small = PAPER | SIZES["small"]
     return {
-        "small": _four("small", small),
+        "small": [
+            *_four("small", small),
+            *(
+                Run("small", label, variant, seed, small | STRONGER, loss=loss)
+                for seed in SEEDS
+                for label, variant, loss in (
+                    ("target_grad,gamma=4", "real", TARGET_GRAD),
+                    ("gamma=4", "real", {}),
+                    ("al,gamma=4", "al", {}),
+                )
+            ),
+        ],
         "small40": _four("small40", PAPER | {"hidden": 200, "dropout": 0.3, "clip": 5.0}, [1]),
         "readings": [  # of the dropout figure 0.7: a probability of keeping, or of dropping
             Run("readings", f"{v},dropout={p:g}", v, 1, small | {"dropout": p, "epochs": 4}, fraction=1 / 4)
@@ -154,4 +180,6 @@ def experiments() -> dict[str, list[Run]]:
         "help_texts": list(_and_more("help_texts", {"model": "transformer"}, help_texts=True)),
         "medium": _four("medium", PAPER | SIZES["medium"], [1]),
         "large": _four("large", PAPER | SIZES["large"], [1]),
+        "medium50": _four_and_strongest("medium50", MEDIUM50, initial_range=0.05),
+        "large50": _four_and_strongest("large50", LARGE50, initial_range=0.04),
     }

@@ -24,6 +24,8 @@ from .lstm import State, VariationalLSTM
 from .settings import Variant
 from .transformer import Transformer
 
+INITIAL_RANGE = 0.1  # of an LSTM of 200 units in Zaremba et al. (2014)
+
 
 class LanguageModel(nn.Module):
     """Embedding (V, D), body (T, B, D) -> (T, B, D), and the output matrix, which is the embedding when `tied`."""
@@ -39,12 +41,12 @@ class LanguageModel(nn.Module):
         )
         self.output = None if tied else nn.Linear(width, n_vocab, bias=False)
         self.bias = nn.Parameter(torch.zeros(n_vocab)) if settings["tied_bias"] or not tied else None
-        self._initialise(settings["seed"], settings["model"])
+        self._initialise(settings["seed"], settings["model"], settings.get("initial_range", INITIAL_RANGE))
 
-    def _initialise(self, seed: int, kind: str) -> None:
+    def _initialise(self, seed: int, kind: str, initial_range: float) -> None:
         """Draw every parameter from its own stream, so that what two variants share starts equal.
 
-        LSTM: uniform in +-0.1 (Zaremba et al. 2014). Transformer: normal of deviation 0.02, norms one, biases zero.
+        LSTM: uniform in +-initial_range. Transformer: normal of deviation 0.02, norms one, biases zero.
         """
         with torch.no_grad():
             for k, part in enumerate((self.embedding, self.body, self.output)):
@@ -53,7 +55,7 @@ class LanguageModel(nn.Module):
                 generator = torch.Generator().manual_seed(seed * 3 + k)
                 for name, p in part.named_parameters():
                     if kind == "lstm":
-                        p.uniform_(-0.1, 0.1, generator=generator)
+                        p.uniform_(-initial_range, initial_range, generator=generator)
                     elif p.dim() > 1:
                         p.normal_(0.0, 0.02, generator=generator)
                     else:

@@ -46,7 +46,7 @@ def counted_product_kernel(
     # A chain of thousands of float32 additions is less accurate than cuBLAS, the more so where the terms are alike:
     # those of a step are added up by themselves. Of a constant 0.0 the compiler would make one chain again.
     apart = PRECISION == "ieee" and right.dtype.element_ty == tl.float32
-    nothing = total + (D < 0).to(tl.float32)
+    nothing = total + (inner < 0).to(tl.float32)
     for i in range(0, inner, BLOCK_D):
         inside = i + k < inner
         a = tl.load(

@@ -160,6 +160,18 @@ def test_equal_rows_lose_their_luck_in_products_of_two_orders() -> None:
     assert other > 3 * once
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed", "expanded"])
+def test_repeats_have_the_layout_of_their_case(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    seen = []
+    monkeypatch.setattr(oracle, "use", lambda case, x, impl: seen.append(x) or oracle.Values({}, {}, {}))
+    case = replace(testing.make_case(0, 0, "float32"), layout=layout)
+    x = testing.make_inputs(case)
+    oracle.use_again(case, x, "reference", torch.Generator().manual_seed(0))
+    assert not torch.equal(seen[0].w, x.w)
+    for moved, original in ((seen[0].h, x.h), (seen[0].w, x.w)):
+        assert moved.stride() == original.stride()
+
+
 @pytest.mark.parametrize("often", [False, True])
 def test_bad_luck_is_no_breach_and_a_fault_is(monkeypatch: pytest.MonkeyPatch, often: bool) -> None:
     """Two competing words: the gradient has the error of one logit. Twice the bound once in nine, and every time."""

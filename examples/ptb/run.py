@@ -59,6 +59,8 @@ def settings_of(run: Run, text: Corpus, args: argparse.Namespace) -> dict[str, A
     settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
     if run.initial_range is not None:
         settings["initial_range"] = run.initial_range
+    if args.tf32:
+        settings["tf32"] = True
     return settings | ({"epochs": 1, "hidden": 16, "batch": 4, "bptt": 8} if args.smoke else {})
 
 
@@ -154,7 +156,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         "seed": run.seed,
         "fraction": run.fraction,
         **identity,
-        "stamp": stamp(trainer.device) | {"tf32": args.tf32},
+        "stamp": stamp(trainer.device),
         # enough for a bootstrap of the text
         "test_blocks": None if losses is None else [round(x, 5) for x in block_means(losses).tolist()],
         **trainer.result(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tiedkl.compare import CompareError, Interrupted, compare, runner
+from tiedkl.compare import CompareError, Interrupted, budget, compare, runner
 from tiedkl.compare import settings as compare_settings
 from tiedkl.compare.budget import LEAST_TOKENS, Speed, fit
 from tiedkl.compare.settings import parse_duration
@@ -107,6 +108,26 @@ def test_what_the_user_fixed_stays() -> None:
 
 def fixed_speed(monkeypatch: pytest.MonkeyPatch, step: float, token: float) -> None:
     monkeypatch.setattr(runner, "measure_speed", lambda trainers, seconds: Speed(step, token))
+
+
+def test_only_steps_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what waiting at the end of an epoch takes, were an epoch but a step."""
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.trained = {"seconds": 0.0}
+
+        def run(self) -> Iterator[str]:
+            while True:
+                self.trained["seconds"] += 2.0
+                yield "step"
+                yield "epoch"
+
+        def wait(self) -> None:
+            self.trained["seconds"] += 1e-3
+
+    monkeypatch.setattr(budget, "_scoring", lambda trainer: 0.25)
+    assert budget.measure([Trainer(), Trainer()], 60.0) == Speed(step=pytest.approx(4.002), token=0.5)  # type: ignore
 
 
 def test_killed_and_resumed_follows_the_first_plan(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,8 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
             "PRECISION": "ieee",
         }
         yield stats.token_stats_kernel, "bf16", tile, {**product, **TOKEN_OPTIONS[0], "STORED": False}
+        # Triton makes constants of sizes that are 1.
+        yield products.counted_product_kernel, "fp32", tile, {**product, "INNER": True, "stride_left": 1, "D": 1}
         yield grads.gradient_kernel, "bf16", tile, {**product, **GRADIENT_OPTIONS[0], "STORED": False}
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):

@@ -42,11 +42,11 @@ def measure(trainers: list[Trainer], budget: float) -> Speed:
     began, k = time.perf_counter(), 0
     while k < 4 or (k < 24 and time.perf_counter() - began < MEASURING * budget):
         for i, (trainer, events) in enumerate(runs):
-            before = trainer.trained["seconds"]
+            before, event = trainer.trained["seconds"], None
             with suppress(Diverged):  # a text of a few steps; the training itself will say so
-                next(events, None)
+                event = next(events, None)
             trainer.wait()
-            if trainer.trained["seconds"] > before:
+            if event == "step":
                 steps[i].append(trainer.trained["seconds"] - before)
             if k % 4 == 1:
                 scored[i].append(_scoring(trainer))

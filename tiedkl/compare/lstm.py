@@ -14,12 +14,16 @@ contiguous, and so are the three gates that the cell gradient drives.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .. import backends
 
 State = list[tuple[Tensor, Tensor]]  # one (h, c) a layer, each (B, H), h before its mask
 
@@ -27,25 +31,35 @@ State = list[tuple[Tensor, Tensor]]  # one (h, c) a layer, each (B, H), h before
 @functools.cache
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The Triton kernels of a step, where there are any for such tensors."""
-    if device.type != "cuda" or dtype != torch.float32:
+    if device.type != "cuda" or dtype != torch.float32 or backends.load("triton").unsupported(device, dtype):
         return None
-    try:
-        from ..kernels import lstm
-    except ImportError:  # Triton is missing
-        return None
-    return lstm
+    return importlib.import_module("tiedkl.kernels.lstm")
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whichever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class _LSTMWindow(torch.autograd.Function):
     """One layer over one window.
 
-    x (T, B, D), h0, c0 (B, H), w_x (4H, D), w_h (4H, H), b (4H,), mask (B, H) or None -> masked hidden states
-    (T, B, H), and the last h (unmasked) and c, each (B, H), which carry no gradient: back-propagation is truncated.
+    x (T, B, D), h0, c0 (B, H), w_x (4H, D), w_h (4H, H), b (4H,), mask (B, H) or None, and what `_kernels` gives ->
+    masked hidden states (T, B, H), and the last h (unmasked) and c, each (B, H), which carry no gradient:
+    back-propagation is truncated.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, h0: Tensor, c0: Tensor, w_x: Tensor, w_h: Tensor, b: Tensor, mask: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        w_x: Tensor,
+        w_h: Tensor,
+        b: Tensor,
+        mask: Tensor | None,
+        kernels: ModuleType | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_steps, n_seq, _ = x.shape
         n_hid = h0.shape[1]
@@ -59,19 +73,20 @@ class _LSTMWindow(torch.autograd.Function):
         hm_at, c_at = hm.unbind(0), c.unbind(0)
         o, i, f, g = (part.unbind(0) for part in gates.chunk(4, dim=-1))
         sigmoids, all_gates, tanh_c_at = gates[..., : 3 * n_hid].unbind(0), gates.unbind(0), tanh_c.unbind(0)
-        kernels = _kernels(x.device, x.dtype)
-        for t in range(n_steps):
-            all_gates[t].addmm_(hm_at[t], w_ht)
-            if kernels:
-                kernels.cell(all_gates[t], c_at[t], c_at[t + 1], tanh_c_at[t], hm_at[t + 1], mask)
-                continue
-            sigmoids[t].sigmoid_()
-            g[t].tanh_()
-            torch.mul(i[t], g[t], out=c_at[t + 1]).addcmul_(f[t], c_at[t])
-            torch.tanh(c_at[t + 1], out=tanh_c_at[t])
-            torch.mul(o[t], tanh_c_at[t], out=hm_at[t + 1])
-            if mask is not None:
-                hm_at[t + 1].mul_(mask)
+        with _current(x.device):
+            for t in range(n_steps):
+                all_gates[t].addmm_(hm_at[t], w_ht)
+                if kernels:
+                    kernels.cell(all_gates[t], c_at[t], c_at[t + 1], tanh_c_at[t], hm_at[t + 1], mask)
+                    continue
+                sigmoids[t].sigmoid_()
+                g[t].tanh_()
+                torch.mul(i[t], g[t], out=c_at[t + 1]).addcmul_(f[t], c_at[t])
+                torch.tanh(c_at[t + 1], out=tanh_c_at[t])
+                torch.mul(o[t], tanh_c_at[t], out=hm_at[t + 1])
+                if mask is not None:
+                    hm_at[t + 1].mul_(mask)
+        ctx.kernels = kernels
         ctx.save_for_backward(x, w_x, w_h, gates, hm, c, tanh_c, mask)
         h_last, c_last = o[-1] * tanh_c_at[-1], c_at[-1].clone()
         ctx.mark_non_differentiable(h_last, c_last)
@@ -81,24 +96,15 @@ class _LSTMWindow(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, *_: Tensor) -> Any:
         x, w_x, w_h, gates, hm, c, tanh_c, mask = ctx.saved_tensors
         n_steps, n_seq, n_hid = tanh_c.shape
-        kernels = _kernels(x.device, x.dtype)
-        d_hm = d_out.clone(
-            memory_format=torch.contiguous_format
-        )  # of each step by the layers above; the loop adds the step after
-        if kernels:
-            d_gates = torch.empty_like(gates)
-            d_c = torch.zeros_like(c[0])
-            for t in range(n_steps - 1, -1, -1):
-                kernels.cell_gradient(gates[t], c[t], tanh_c[t], mask, d_hm[t], d_c, d_gates[t])
-                if t:
-                    d_hm[t - 1].addmm_(d_gates[t], w_h)
-        else:
-            d_gates = _gate_gradients(gates, c, tanh_c, mask, w_h, d_hm)
+        d_hm = d_out.clone(memory_format=torch.contiguous_format)
+        with _current(x.device):
+            find = _gate_gradients if ctx.kernels is None else functools.partial(_gate_gradients_by, ctx.kernels)
+            d_gates = find(gates, c, tanh_c, mask, w_h, d_hm)
         flat = d_gates.view(n_steps * n_seq, 4 * n_hid)
         d_x = (flat @ w_x).view_as(x) if ctx.needs_input_grad[0] else None
         d_w_x = flat.T @ x.reshape(n_steps * n_seq, -1)
         d_w_h = flat.T @ hm[:-1].reshape(n_steps * n_seq, n_hid)
-        return d_x, None, None, d_w_x, d_w_h, flat.sum(0), None
+        return d_x, None, None, d_w_x, d_w_h, flat.sum(0), None, None
 
 
 def _gate_gradients(gates: Tensor, c: Tensor, tanh_c: Tensor, mask: Tensor | None, w_h: Tensor, d_hm: Tensor) -> Tensor:
@@ -131,6 +137,18 @@ def _gate_gradients(gates: Tensor, c: Tensor, tanh_c: Tensor, mask: Tensor | Non
     return d_gates
 
 
+def _gate_gradients_by(
+    kernels: ModuleType, gates: Tensor, c: Tensor, tanh_c: Tensor, mask: Tensor | None, w_h: Tensor, d_hm: Tensor
+) -> Tensor:
+    """The same with Triton's kernels."""
+    d_gates, d_c = torch.empty_like(gates), torch.zeros_like(c[0])
+    for t in range(len(gates) - 1, -1, -1):
+        kernels.cell_gradient(gates[t], c[t], tanh_c[t], mask, d_hm[t], d_c, d_gates[t])
+        if t:
+            d_hm[t - 1].addmm_(d_gates[t], w_h)
+    return d_gates
+
+
 def draw_mask(shape: tuple[int, ...], dropout: float, like: Tensor, generator: torch.Generator) -> Tensor:
     """Inverted-dropout mask: 0 with probability `dropout`, else 1 / (1 - dropout)."""
     return like.new_empty(shape).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
@@ -143,9 +161,10 @@ class VariationalLSTM(nn.Module):
     recurrence, for the next layer and, at the top, for the output layer.
     """
 
-    def __init__(self, width: int, layers: int, dropout: float) -> None:
+    def __init__(self, width: int, layers: int, dropout: float, triton: bool = True) -> None:
+        """triton: whether its kernels may be used on a GPU."""
         super().__init__()
-        self.width, self.dropout = width, dropout
+        self.width, self.dropout, self.triton = width, dropout, triton
         self.w_x = nn.ParameterList([nn.Parameter(torch.zeros(4 * width, width)) for _ in range(layers)])
         self.w_h = nn.ParameterList([nn.Parameter(torch.zeros(4 * width, width)) for _ in range(layers)])
         self.b = nn.ParameterList([nn.Parameter(torch.zeros(4 * width)) for _ in range(layers)])
@@ -167,8 +186,9 @@ class VariationalLSTM(nn.Module):
         first, *masks = self.masks(x.shape[1], generator)
         if first is not None:
             x = x * first
+        kernels = _kernels(x.device, x.dtype) if self.triton else None
         carried: State = []
         for w_x, w_h, b, mask, (h, c) in zip(self.w_x, self.w_h, self.b, masks, state, strict=True):
-            x, h, c = _LSTMWindow.apply(x, h, c, w_x, w_h, b, mask)
+            x, h, c = _LSTMWindow.apply(x, h, c, w_x, w_h, b, mask, kernels)
             carried.append((h, c))
         return x, carried

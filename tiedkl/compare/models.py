@@ -35,7 +35,7 @@ class LanguageModel(nn.Module):
         width, layers, dropout = settings["hidden"], settings["layers"], settings["dropout"]
         self.embedding = nn.Embedding(n_vocab, width)
         self.body: VariationalLSTM | Transformer = (
-            VariationalLSTM(width, layers, dropout)
+            VariationalLSTM(width, layers, dropout, triton=settings["impl"] in ("auto", "triton"))
             if settings["model"] == "lstm"
             else Transformer(width, layers, dropout, settings["bptt"])
         )

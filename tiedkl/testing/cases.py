@@ -53,6 +53,11 @@ class Case:
         return dtype
 
     @property
+    def row_layout(self) -> str:
+        """Of `weight`, whose rows are never one."""
+        return "strided" if self.layout == "expanded" else self.layout
+
+    @property
     def reduction(self) -> str:
         return str(self.options["reduction"])
 
@@ -211,7 +216,7 @@ def find_case(id: str) -> Case:
     return make_case(int(parts[0]), int(parts[1]), parts[2])
 
 
-def _layout(x: Tensor, layout: str) -> Tensor:
+def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same values with other strides; "expanded" repeats the first row."""
     if layout == "transposed" and x.dim() > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
@@ -277,13 +282,13 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
 
     def place(x: Tensor, layout: str = "contiguous") -> Tensor:
         """On the device first: a copy to another device makes strided tensors contiguous."""
-        return _layout(x.to(device), layout)
+        return laid_out(x.to(device), layout)
 
-    w = place(w.to(case.torch_dtype), "strided" if case.layout == "expanded" else case.layout)
+    w = place(w.to(case.torch_dtype), case.row_layout)
     tokens = None if tokens is None else place(tokens)
     h = h.to(case.torch_dtype).reshape(*case.shape, d)
     return Inputs(
-        h=_layout(w[tokens], case.layout) if tokens is not None else place(h, case.layout),
+        h=laid_out(w[tokens], case.layout) if tokens is not None else place(h, case.layout),
         w=w,
         target=place(y.int() if case.int32 else y, "strided" if case.layout == "strided" else "contiguous"),
         b=None if b is None else place(b.to(case.torch_dtype), case.layout),

@@ -18,7 +18,7 @@ import tiedkl
 from .. import backends, reference
 from ..plan import Shape, scratch_bytes
 from ..problem import Needs, Options, Problem
-from .cases import IGNORE, NARROW, Case, Inputs
+from .cases import IGNORE, NARROW, Case, Inputs, laid_out
 
 TERMS = ("loss", "ce", "kl")
 GRADS = ("dh", "dw", "db", "dt")
@@ -244,9 +244,10 @@ def use(case: Case, x: Inputs, impl: str) -> Values:
 
 
 def use_again(case: Case, x: Inputs, impl: str, generator: torch.Generator) -> Values:
-    """`use` with the features in another order."""
+    """`use` with the features in another order, laid out as they were."""
     columns = torch.randperm(case.width, generator=generator).to(x.h.device)
-    found, back = use(case, replace(x, h=x.h[..., columns], w=x.w[:, columns]), impl), columns.argsort()
+    moved = replace(x, h=laid_out(x.h[..., columns], case.layout), w=laid_out(x.w[:, columns], case.row_layout))
+    found, back = use(case, moved, impl), columns.argsort()
     return replace(found, grads={n: d[:, back] if n in ("dh", "dw") else d for n, d in found.grads.items()})
 
 

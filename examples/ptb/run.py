@@ -173,6 +173,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="directory of the text, as for tiedkl compare; default: CPython's help texts")
     parser.add_argument("--vocab-size", type=int, default=10_000)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--tf32", action="store_true", help="products with 10 bits of mantissa, as cuDNN's LSTM by default; for a GPU"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each run")
     parser.add_argument("--runs", type=Path, default=Path("ptb-runs"), help="checkpoints (default %(default)s)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="figures (default: beside this file)")
@@ -202,9 +205,6 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, action="append", help="only this seed; repeatable")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument(
-        "--tf32", action="store_true", help="products with 10 bits of mantissa, as cuDNN's LSTM by default; for a GPU"
-    )
     return parser.parse_args(command)
 
 

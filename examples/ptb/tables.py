@@ -64,7 +64,7 @@ NOTES = {
     "small": """\
 Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
 +RE and +REAL. Perplexities here are those of a shorter training than the paper's; only the changes are comparable.
-Seeds 2 and 3 were trained on a GPU.""",
+Seeds 2 and 3 of the baseline and +AL were trained on a GPU.""",
     "small40": """\
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE
 and +REAL have an output bias. The baseline and +RE were trained on a CPU, +AL and +REAL on a GPU, where dropout masks

@@ -102,7 +102,7 @@ def speed(report: dict[str, Any]) -> str:
 def gpu_speed(reports: list[dict[str, Any]]) -> str:
     """The README's table of a GPU: ways to run tiedkl, and the fastest libraries, at each shape."""
     head = ["N, V, D", "", "ms", "/ eager CE+KL", "/ eager CE", "GEMM floor / time", "extra memory, MiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines, measured = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
     for result in (result for report in reports for result in report["results"]):
         rows = {name: row for name, row in result["rows"].items() if "seconds" in row}
         names = {name: f"tiedkl, {how}" for name, how in GPU_ROWS.items() if name in rows}
@@ -116,12 +116,10 @@ def gpu_speed(reports: list[dict[str, Any]]) -> str:
             cells = [shape, names[name], f"{1e3 * row['seconds']:.1f}", *(f"{r:.2f}" for r in ratios)]
             cells += [f"{row['floor_fraction']:.2f}" if row["kl"] else "", f"{row['peak_bytes'] / MIB:,.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
-    stamp, measured = reports[0]["stamp"], []
-    for result in (result for report in reports for result in report["results"]):
-        rows = {name: row for name, row in result["rows"].items() if "seconds" in row}
         peers = ", ".join(sorted(name for name in rows if not name.startswith("tiedkl")))
         rounds = max(row.get("samples", 0) for row in rows.values())
-        measured.append(f"{result['N']}, {result['V']}, {result['D']} ({rounds} round{'s' * (rounds != 1)}): {peers}")
+        measured.append(f"{shape} ({rounds} round{'s' * (rounds != 1)}): {peers}")
+    stamp = reports[0]["stamp"]
     where = f"{stamp['device']}, torch {stamp['torch']}, Triton {stamp['triton']}, commit {stamp['commit'][:7]}"
     caption = f"{where}, bfloat16, times of forward and backward. Measured beside it at {'; at '.join(measured)}."
     return "\n\n".join(["\n".join(lines), caption])

@@ -97,9 +97,9 @@ class _LSTMWindow(torch.autograd.Function):
         x, w_x, w_h, gates, hm, c, tanh_c, mask = ctx.saved_tensors
         n_steps, n_seq, n_hid = tanh_c.shape
         d_hm = d_out.clone(memory_format=torch.contiguous_format)
+        known = gates, c, tanh_c, mask, w_h, d_hm
         with _current(x.device):
-            find = _gate_gradients if ctx.kernels is None else functools.partial(_gate_gradients_by, ctx.kernels)
-            d_gates = find(gates, c, tanh_c, mask, w_h, d_hm)
+            d_gates = _gate_gradients_by(ctx.kernels, *known) if ctx.kernels else _gate_gradients(*known)
         flat = d_gates.view(n_steps * n_seq, 4 * n_hid)
         d_x = (flat @ w_x).view_as(x) if ctx.needs_input_grad[0] else None
         d_w_x = flat.T @ x.reshape(n_steps * n_seq, -1)

@@ -153,9 +153,12 @@ def eager(case: Case, f: Flat, others: tuple[Tensor, Tensor] | None = None) -> V
 
 def eager_again(case: Case, f: Flat, generator: torch.Generator) -> Values:
     """Eager with tokens and features in other orders, which changes its rounding errors and nothing else."""
+
+    def order(count: int) -> Tensor:
+        return torch.randperm(count, generator=generator).to(f.h.device)
+
     n, d = f.h.shape
-    rows, columns = torch.randperm(n, generator=generator), torch.randperm(d, generator=generator)
-    rows, columns = rows.to(f.h.device), columns.to(f.h.device)
+    rows, columns = order(n), order(d)
     moved = replace(
         f,
         h=f.h[rows][:, columns],
@@ -165,9 +168,8 @@ def eager_again(case: Case, f: Flat, generator: torch.Generator) -> Values:
         upstream=f.upstream[rows] if f.upstream.dim() else f.upstream,
         tokens=None if f.tokens is None else f.tokens[rows],
     )
-    width_t = d if f.t is None else f.t.shape[1]
-    others = tuple(torch.randperm(n_features, generator=generator).to(f.h.device) for n_features in (d, width_t))
-    x, undo, back = eager(case, moved, (others[0], others[1])), rows.argsort(), columns.argsort()
+    others = order(d), order(d if f.t is None else f.t.shape[1])
+    x, undo, back = eager(case, moved, others), rows.argsort(), columns.argsort()
     tokens = {name: a[undo] for name, a in x.tokens.items()}
     reduced = {name: a[undo] if a.dim() else a for name, a in x.reduced.items()}
     grads = dict(x.grads)

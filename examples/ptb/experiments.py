@@ -154,9 +154,10 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
 def experiments() -> dict[str, list[Run]]:
     """Every experiment by name, its runs in the order in which they are trained."""
     small = PAPER | SIZES["small"]
+    small40 = small | {name: PAPER[name] for name in ("epochs", "lr_decay")}
     return {
         "small": [*_four("small", small), *(r for seed in SEEDS for r in reversed(_stronger("small", small, seed)))],
-        "small40": _four("small40", PAPER | {"hidden": 200, "dropout": 0.3, "clip": 5.0}, [1]),
+        "small40": [*_four("small40", small40, [1]), *reversed(_stronger("small40", small40, 1))],
         "readings": [  # of the dropout figure 0.7: a probability of keeping, or of dropping
             Run("readings", f"{v},dropout={p:g}", v, 1, small | {"dropout": p, "epochs": 4}, fraction=1 / 4)
             for v in ("baseline", "real")

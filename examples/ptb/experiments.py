@@ -74,6 +74,7 @@ class Run:
     help_texts: bool = False  # Python's own, the default text of `tiedkl compare`, whatever --data says
     loss: dict[str, Any] = field(default_factory=dict)
     initial_range: float | None = None  # of an LSTM's weights; None: as `tiedkl compare`
+    embedding_range: float | None = None  # of its embedding; None: as the others
 
     @property
     def name(self) -> str:
@@ -151,6 +152,25 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
         yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss=TARGET_GRAD, **more)
 
 
+def _wide() -> Iterator[Run]:
+    """As `sixteenth`, each variant from the embedding, of +-0.1, +-0.3 and +-1, that is best for it on validation."""
+    untied, tied = {"embedding_range": 1.0}, {"embedding_range": 0.3}
+    stronger = SIXTEENTH | {"gamma": 4.0}
+
+    def run(label: str, variant: str, seed: int, of_run: dict[str, Any], settings: dict[str, Any] = SIXTEENTH) -> Run:
+        return Run("wide", label, variant, seed, settings, fraction=1 / 16, **of_run)
+
+    for seed in SEEDS:
+        for name, variant in VARIANTS.items():
+            yield run(name, name, seed, tied if variant.tied else untied)
+        yield run("al,gamma=4", "al", seed, untied, stronger)
+        yield run("target_grad,gamma=4", "real", seed, tied | {"loss": TARGET_GRAD}, stronger)
+    for name, variant in VARIANTS.items():
+        other = untied if variant.tied else tied
+        label = f"embedding={other['embedding_range']:g}"
+        yield run(label if name == "real" else f"{name},{label}", name, 1, other)
+
+
 def experiments() -> dict[str, list[Run]]:
     """Every experiment by name, its runs in the order in which they are trained."""
     small = PAPER | SIZES["small"]
@@ -164,6 +184,7 @@ def experiments() -> dict[str, list[Run]]:
             for p in (0.3, 0.7)
         ],
         "sixteenth": list(_sixteenth()),
+        "wide": list(_wide()),
         "long": _four("long", LONG, fraction=1 / 16),
         "quarter": list(_and_more("quarter", QUARTER, fraction=1 / 4)),
         # on a sixteenth it learns word frequencies and no more

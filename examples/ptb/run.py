@@ -33,7 +33,7 @@ from experiments import Run, experiments
 from tiedkl.compare import corpus as corpora
 from tiedkl.compare import runner
 from tiedkl.compare.corpus import Corpus
-from tiedkl.compare.lock import locked
+from tiedkl.compare.lock import in_turn, locked
 from tiedkl.compare.progress import Progress
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
 from tiedkl.compare.statistics import block_means
@@ -57,8 +57,9 @@ def text_of(run: Run, args: argparse.Namespace) -> Corpus:
 def settings_of(run: Run, text: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Every setting of a run."""
     settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
-    if run.initial_range is not None:
-        settings["initial_range"] = run.initial_range
+    for name in ("initial_range", "embedding_range"):
+        if getattr(run, name) is not None:
+            settings[name] = getattr(run, name)
     if args.tf32:
         settings["tf32"] = True
     return settings | ({"epochs": 1, "hidden": 16, "batch": 4, "bptt": 8} if args.smoke else {})
@@ -246,8 +247,8 @@ def main() -> int:
                     print(f"{run.name}: {kind}{error}", file=sys.stderr, flush=True)
                     status = 1
                     continue
-                figures = read(file) | {run.name: result}  # another process may have written too
-                write_atomically(file, (json.dumps(figures, indent=1) + "\n").encode())
+                with in_turn(args.results):  # another command may write too
+                    write_atomically(file, (json.dumps(read(file) | {run.name: result}, indent=1) + "\n").encode())
             if interrupts:  # a signal for this process alone is for the workers too
                 for worker in multiprocessing.active_children():
                     os.kill(worker.pid or 0, signal.SIGINT)

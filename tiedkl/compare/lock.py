@@ -1,4 +1,4 @@
-"""One command at a time in an output directory."""
+"""Who works in an output directory: one command at a time, or one process after another."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def locked(out: Path, name: str, command: str, option: str = "--out") -> Iterato
             raise CompareError(
                 f"{out}: another {command} is at work there; wait for it, or choose another {option}"
             ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def in_turn(out: Path) -> Iterator[None]:
+    """One process after another with what is in the directory `out`: others wait. Not for use within `in_turn`."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # on the folder: closing a file of SQLite's would drop its own locks
         yield
     finally:
         os.close(handle)

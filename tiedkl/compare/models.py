@@ -41,12 +41,15 @@ class LanguageModel(nn.Module):
         )
         self.output = None if tied else nn.Linear(width, n_vocab, bias=False)
         self.bias = nn.Parameter(torch.zeros(n_vocab)) if settings["tied_bias"] or not tied else None
-        self._initialise(settings["seed"], settings["model"], settings.get("initial_range", INITIAL_RANGE))
+        everywhere = settings.get("initial_range", INITIAL_RANGE)
+        embedding = settings.get("embedding_range", everywhere)
+        self._initialise(settings["seed"], settings["model"], (embedding, everywhere, everywhere))
 
-    def _initialise(self, seed: int, kind: str, initial_range: float) -> None:
+    def _initialise(self, seed: int, kind: str, ranges: tuple[float, float, float]) -> None:
         """Draw every parameter from its own stream, so that what two variants share starts equal.
 
-        LSTM: uniform in +-initial_range. Transformer: normal of deviation 0.02, norms one, biases zero.
+        LSTM: uniform, each of embedding, body and output in + and - its range. Transformer: normal of deviation 0.02,
+        norms one, biases zero.
         """
         with torch.no_grad():
             for k, part in enumerate((self.embedding, self.body, self.output)):
@@ -55,7 +58,7 @@ class LanguageModel(nn.Module):
                 generator = torch.Generator().manual_seed(seed * 3 + k)
                 for name, p in part.named_parameters():
                     if kind == "lstm":
-                        p.uniform_(-initial_range, initial_range, generator=generator)
+                        p.uniform_(-ranges[k], ranges[k], generator=generator)
                     elif p.dim() > 1:
                         p.normal_(0.0, 0.02, generator=generator)
                     else:

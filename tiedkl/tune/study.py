@@ -7,13 +7,9 @@ starts has been killed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +37,6 @@ def clear(out: Path) -> None:
     """Remove a study and what was made from it."""
     for file in (*(out / name for name in (DATABASE, BEST, TABLE)), *out.glob("check-*.pt")):
         file.unlink(missing_ok=True)
-
-
-@contextmanager
-def in_turn(settings: TuneSettings) -> Iterator[None]:
-    """One process of the search after another: SQLite locks no rows, and Optuna gives two the same waiting trial."""
-    handle = os.open(Path(settings.out).expanduser(), os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # on the folder: closing a file of SQLite's would drop its own locks
-        yield
-    finally:
-        os.close(handle)
 
 
 def open_study(settings: TuneSettings, identity: dict[str, Any], *, worker: int = 0) -> Any:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..compare import corpus as corpora
+from ..compare.lock import in_turn
 from ..compare.runner import check_length, pick_device
 from ..compare.settings import VARIANTS, CompareError
 from ..compare.training import Data, Diverged, Trainer
 from . import report
 from .settings import TuneSettings
-from .study import DEFAULTS, DIVERGED, NOTE, REASON, abandon, finished, in_turn, open_study, optuna, queue_neighbour
+from .study import DEFAULTS, DIVERGED, NOTE, REASON, abandon, finished, open_study, optuna, queue_neighbour
 
 
 class Stopped(Exception):
@@ -99,7 +100,8 @@ def work(
     for _ in range(quota):
         if over():
             return
-        with in_turn(settings):
+        # SQLite locks no rows, and Optuna would give two the same waiting trial
+        with in_turn(Path(settings.out).expanduser()):
             queue_neighbour(study, settings)
             trial = study.ask()
         params = {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in settings.ranges().items()}

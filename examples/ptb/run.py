@@ -66,12 +66,15 @@ def settings_of(run: Run, text: Corpus, args: argparse.Namespace) -> dict[str, A
 
 
 def identity_of(run: Run, text: Corpus, settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same run: figures and checkpoints of any other are not taken for it."""
+    """What makes two runs the same run: figures and checkpoints of any other are not taken for it.
+
+    The device is not part of it; a figure's stamp has that, and a checkpoint remembers it.
+    """
     facts = text.facts()
     return {
         "variant": run.variant,
         "loss": run.loss,
-        "settings": {k: v for k, v in settings.items() if k not in ("threads", "impl", "checkpoint_every")},
+        "settings": {k: v for k, v in settings.items() if k not in ("threads", "impl", "device")},
         "text": {k: facts[k] for k in ("name", "vocabulary", "tokens", "sha256")},
     }
 
@@ -79,7 +82,9 @@ def identity_of(run: Run, text: Corpus, settings: dict[str, Any]) -> dict[str, A
 def check(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
     """Raise CompareError when two identities differ; either may have more in it."""
     flat = [
+        # earlier versions had the device among the settings
         {**i.get("settings", {}), "variant": i.get("variant"), "loss": i.get("loss"), "corpus": i.get("text")}
+        | {"device": None}
         for i in (old, new)
     ]
     if what := differences(*flat):
@@ -104,10 +109,12 @@ def make_trainer(run: Run, text: Corpus, args: argparse.Namespace) -> Trainer:
 
 
 def resume(trainer: Trainer, run: Run, identity: dict[str, Any], runs: Path) -> None:
-    """Load the run's checkpoint where there is one."""
+    """Load the run's checkpoint where there is one; only on the kind of device that wrote it are the bits the same."""
     state = Store(str(runs)).load(run.name, trainer.device)
     if state is not None:
         check(state.get("identity", {}), identity, f"the checkpoint {runs / run.name}.pt")
+        if (device := state.get("device", trainer.device.type)) != trainer.device.type:
+            raise CompareError(f"the checkpoint {runs / run.name}.pt was written on {device}: give --device {device}")
         trainer.load_state_dict(state)
 
 
@@ -141,7 +148,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
     store = Store(str(args.runs))
 
     def save(state: dict[str, Any]) -> None:
-        store.save(run.name, state | {"identity": identity})
+        store.save(run.name, state | {"identity": identity, "device": trainer.device.type})
 
     def should_stop() -> bool:
         return bool(stopped) or time.time() > deadline or os.getppid() != parent

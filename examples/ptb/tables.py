@@ -43,6 +43,7 @@ TITLES = {
     "readings": "Two layers of 200 units: is the published dropout 0.7 a probability of dropping or of keeping?",
     "quarter": "Two layers of 200 units, a quarter of the training text",
     "sixteenth": "Two layers of 200 units, a sixteenth of the training text",
+    "wide": "Two layers of 200 units, a sixteenth of the training text, wider initial embeddings",
     "long": "Two layers of 200 units, a sixteenth of the training text, 40 epochs",
     "transformer": "A Transformer of two layers, a quarter of the training text",
     "help_texts": "A Transformer on Python's help texts, with the defaults of `tiedkl compare --model transformer`",
@@ -79,11 +80,16 @@ bias. Trained with tf32 products; the perplexity still fell by 0.06 an epoch at 
 τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; `tau=40,gamma=1`
 has γ/τ of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding,
 and the embedding of a finished +RE that has seen all of the text, sixteen times as much as the others here.""",
+    "wide": """\
+The settings of the sixteenth above, where everything starts in ±0.1. The embedding starts in ±1 for the baseline and
++AL, and in ±0.3 for +RE and +REAL, where it is the output matrix too: of 0.1, 0.3 and 1 the best for each on
+validation.""",
     "long": """\
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth.""",
     "readings": "On a quarter of the training text, four epochs at the full rate.",
 }
-CONTROLS = ("real", "al", "re")
+CONTROLS = ("real", "al", "re", "baseline")
+NOT_OF_THE_LOSS = ("no bias", "embedding=")  # parts of a label that a run without the loss has too
 WITHOUT_LOSS = {"al": "baseline", "real": "re"}  # the label of the same model without the augmented loss
 Figures = dict[str, Any]  # of the runs of one experiment, by name
 
@@ -198,7 +204,7 @@ def by_strength(found: dict[str, Figures]) -> list[str]:
             plain = WITHOUT_LOSS.get(about["variant"])
             if plain is None:
                 continue
-            plain += "" if about["settings"]["tied_bias"] else ",no bias"
+            plain = ",".join([plain, *(part for part in label.split(",") if part.startswith(NOT_OF_THE_LOSS))])
             new, old = finished(runs), finished(runs_of(figures, plain))
             seeds = [seed for seed in new if seed in old]
             share = strength([new[seed] for seed in seeds])

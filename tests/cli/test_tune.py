@@ -191,10 +191,19 @@ def test_other_settings_are_refused(toy: Any, tmp_path: Path) -> None:
         tune(toy(trials=1, epochs=1, hidden=16))
     with pytest.raises(CompareError, match=r"search="):
         tune(toy(trials=1, epochs=1, search="lr=0.001:3,dropout"))
+    with pytest.raises(CompareError, match="no such file"):
+        tune(toy(trials=1, data=str(tmp_path / "nowhere"), fresh=True))
+    assert (tmp_path / "out" / "best.json").exists(), "a request that cannot be carried out loses nothing"
     assert tune(toy(trials=1, epochs=1, hidden=16, fresh=True))["settings"]["hidden"] == 16
     (tmp_path / "out" / "study.db").write_bytes(b"damaged" * 1000)
     with pytest.raises(CompareError, match=r"study\.db: not a readable study.*--fresh"):
         tune(toy(trials=1, epochs=1, hidden=16))
+
+
+def test_a_backend_that_cannot_run_is_said_before_the_search(toy: Any, tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=r"impl='cuda' cannot run"):
+        tune(toy(impl="cuda"))
+    assert not (tmp_path / "out" / "study.db").exists()
 
 
 def test_first_trials_lie_near_the_defaults(toy: Any, trainings: Any) -> None:

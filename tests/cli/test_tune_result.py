@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ pytest.importorskip("optuna")
 
 import tiedkl
 from tiedkl import cli
+from tiedkl.cli import compare as cli_compare
+from tiedkl.cli import tune as cli_tune
 from tiedkl.compare import Settings, corpus
 from tiedkl.compare.settings import load_config, load_loss_options
 from tiedkl.compare.training import Diverged
@@ -85,7 +89,40 @@ def test_diverged_trial_counts_and_is_not_repeated(
     note = "+REAL: training diverged in epoch 1 (the loss is not a number)"
     assert [t["note"] for t in found["trials"]] == [None, note, None]
     assert lines[1].endswith(note)
+    assert (found["trials"][1]["valid_ppl"], found["trials"][1]["epochs"]) == (None, 0)
     assert f"- Trial 1: {note}" in (tmp_path / "out" / "tune.md").read_text()
+
+
+def test_the_sampler_keeps_away_from_where_training_diverges(
+    toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Better and better up to a learning rate of 1, beyond which it diverges; a random search goes there too."""
+    diverging(monkeypatch, lambda params, seed: params["lr"] > 1)
+    found = tune(toy(trials=40, pruner="none", search="lr=0.001:100"))
+    late = [t["state"] == "diverged" for t in found["trials"][20:]]
+    assert sum(late) <= 10, "with trials that the sampler overlooks it is 18"
+
+
+def test_commands_are_of_the_same_text_and_search(toy: Any, trainings: Trainings, tmp_path: Path) -> None:
+    settings = toy(trials=2, search="lr=0.001:4,gamma", out=str(tmp_path / "an out"))
+    found = tune(settings)
+    use, search_again, fair = found["commands"]
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for module in (cli_compare, cli_tune):
+        module.add_parser(commands)
+    for command in found["commands"]:
+        assert f" --data {settings.data} " in command
+        assert command in (tmp_path / "an out" / "tune.md").read_text()
+        assert parser.parse_args(shlex.split(command)[1:]).impl == "reference"
+    assert use.endswith(f" --config '{tmp_path}/an out/best.json'")
+    assert " --variant baseline --trials 2 " in search_again
+    assert " --hidden 8 " in search_again
+    assert " --search lr=0.001:4 " in search_again, "a baseline has no gamma"
+    assert fair.endswith(f" --config baseline=tune-baseline/best.json --config 'real={tmp_path}/an out/best.json'")
+    of_gamma = tune(toy(trials=1, search="gamma", out=str(tmp_path / "gamma")))["commands"][1]
+    search = parser.parse_args(shlex.split(of_gamma)[1:]).search
+    assert search == "lr=0.002:2.0,dropout", "the range holds where the search begins"
 
 
 def test_diverged_defaults_are_said(toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +235,8 @@ def test_check_ends_with_the_time(toy: Any, trainings: Trainings, monkeypatch: p
     found = tune(toy(trials=2, check=2))
     assert found["verdict"][1].startswith("It holds with 2 other seeds")
     assert [seed for _, seed in trainings] == [1, 1, 2, 2, 3, 3]  # what was trained is kept
-    assert tune(toy(trials=2, check=2, timeout="0.0001s")) == found  # nor is a check lost that was done
+    again = tune(toy(trials=2, check=2, timeout="0.0001s"))
+    assert again | {"commands": found["commands"]} == found  # nor is a check lost that was done
 
 
 def test_check_of_a_search_that_time_ended(toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,10 @@ def test_less_than_an_epoch_takes_less_text() -> None:
     assert 10_000 < plan["max_tokens"] < TOKENS["train"]
     assert 6.0 < plan["estimated_seconds"] <= 7.0
     assert fit(SPEED, TOKENS, 3.5, CONFIG)["max_tokens"] < plan["max_tokens"]
-    with pytest.raises(CompareError, match="budget is too short: about 8 s are needed"):
+    with pytest.raises(CompareError, match="budget is too short: about 9 s are needed"):
         fit(SPEED, TOKENS, 0.01, CONFIG)
+    with pytest.raises(CompareError, match="budget is too short: about 29 s are needed"):  # some of it is gone
+        fit(SPEED, TOKENS, 0.01, CONFIG, spent=20.0)
 
 
 def test_what_the_user_fixed_stays() -> None:

@@ -215,6 +215,20 @@ def test_only_seeds_that_both_have_finished_count() -> None:
     assert against([], base) is None
 
 
+def test_a_variant_of_one_seed_is_one_of_the_many_too() -> None:
+    """Holm's correction is for every variant, by the interval that is shown of it."""
+
+    def entry(p: float) -> dict[str, float]:
+        return {"p": p, "p_holm": p}
+
+    several = {"over_text": entry(0.001), "over_seeds": entry(0.2), "over_both": entry(0.03)}
+    one = {"over_text": entry(0.02), "over_seeds": None, "over_both": None}
+    adjust({"several": several, "one": one})
+    assert several["over_both"]["p_holm"] == pytest.approx(0.04)  # the larger of the one's doubled p and its own
+    assert one["over_text"]["p_holm"] == pytest.approx(0.04)
+    assert several["over_text"]["p_holm"] == pytest.approx(0.002)
+
+
 def test_adjusting_leaves_the_plain_p_values() -> None:
     base = [run(1, 0.0)]
     noise = torch.randn(400, generator=torch.Generator().manual_seed(9)) * 0.2

@@ -127,6 +127,44 @@ def test_a_gain_that_only_one_comparison_would_pass_is_undecided() -> None:
     assert among["outcome"] == "undecided"
 
 
+def test_the_verdict_speaks_of_a_proven_gain_before_a_larger_one_that_may_be_chance() -> None:
+    proven = three(98.6, parameters=600)
+    data = built(3, baseline=three(100.0), re=three(98.5, spread=0.05, parameters=610), real=proven)
+    assert data["outcome"] == "yes"
+    assert data["verdict"][0].startswith("Yes: +REAL predicts unseen text 1.4% better")
+    assert "here: yes" in data["checklist"][0]["go_on_if"]
+    others = next(text for text in data["verdict"] if text.startswith("The others"))
+    assert others.startswith("The others against the baseline (less is better): +RE -1.5% (-")
+    assert others.endswith("; undecided).")
+    data = built(3, baseline=three(100.0), re=run(90.0, 90.0, parameters=610), real=proven)  # one seed proves less
+    assert data["verdict"][0].startswith("Yes: +REAL")
+    assert "+RE -9.9% (-10.1 to -9.8; one seed)" in " ".join(data["verdict"])
+
+
+@pytest.mark.parametrize("who", ["real", "baseline"])
+def test_seeds_that_are_left_where_one_diverged_prove_nothing(who: str) -> None:
+    runs = {"baseline": three(100.0), "real": three(95.0, parameters=600)}
+    runs[who][1] = run(120.0, None, seed=2, status="diverged")
+    data = built(3, **runs)
+    label = data["variants"][who]["label"]
+    assert data["outcome"] == "undecided"
+    assert data["verdict"][0].startswith(
+        f"Undecided: +REAL predicts unseen text 5.0% better than the baseline, but training diverged, {label} with "
+        "seed 2 (-5.0%"
+    )
+    assert "here: undecided" in data["checklist"][0]["go_on_if"]
+    runs["re"] = three(95.5, parameters=610)
+    of_re = built(3, **runs)["outcome"]
+    assert of_re == ("yes" if who == "real" else "undecided")
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.09, False), (0.6, True)])
+def test_many_unknown_words_are_said(share: float, said: bool) -> None:
+    rates = {"train": share, "valid": share, "test": share}
+    text = " ".join(built(3, corpus={"oov_rate": rates}, baseline=three(100.0), real=three(95.0))["verdict"])
+    assert ("60% of the test tokens are words outside the vocabulary" in text) == said
+
+
 def test_verdict_without_enough_results() -> None:
     alone = built(al=run(9.0, 9.0), re=run(8.0, 8.0))
     assert "baseline was not part" in alone["verdict"][0]

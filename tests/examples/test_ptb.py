@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiedkl.compare import CompareError, Settings
+from tiedkl.compare import CompareError, Settings, checklist
 from tiedkl.compare import corpus as compare_corpus
 from tiedkl.compare.lock import locked
 from tiedkl.compare.settings import VARIANTS
@@ -128,6 +128,20 @@ def test_figures_and_checkpoints_of_another_run_are_refused(
     ((chosen, identity),) = modules["run"].chosen_runs(args)
     with pytest.raises(CompareError, match=r"small-re-1\.pt is of another run"):
         modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
+    args = modules["run"].arguments(command)
+    ((chosen, identity),) = modules["run"].chosen_runs(args)
+    state = torch.load(tmp_path / "small-re-1.pt")
+    torch.save(state | {"device": "cuda"}, tmp_path / "small-re-1.pt")
+    with pytest.raises(CompareError, match=r"small-re-1\.pt was written on cuda: give --device cuda"):
+        modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
+
+
+def test_the_checklist_of_a_comparison_tells_what_was_measured(modules: Any) -> None:
+    tables = modules["tables"]
+    figures = tables.read(tables.RESULTS / "small.json")
+    change = tables.changes({label: tables.runs_of(figures, label) for label in VARIANTS}, "baseline")["real"]
+    assert len(change["seeds"]) > 1
+    assert f"{-change['percent']:.1f}" == f"{checklist.REPEATED}"
 
 
 def test_a_run_is_trained_by_one_command_at_a_time_and_a_diverged_one_once(

@@ -75,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the search: 0 when done, 2 for bad input, 130 after Ctrl-C (best.json then holds the best so far)."""
     from ..compare.tables import aligned
-    from ..tune.report import fair, table
+    from ..tune.report import FAIR, table
     from ..tune.search import Interrupted, tune
 
     names = {field.name for field in dataclasses.fields(TuneSettings)}
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         return BAD_INPUT
     best = Path(settings.out).expanduser() / "best.json"
     print(aligned(*table(found)), "", *found["verdict"], "", f"best: {best}, tune.md", sep="\n")
-    print(f"use:  tiedkl compare --config {best}", fair(found, best), sep="\n")
+    use, *fair = found["commands"]
+    print(f"use:  {use}", FAIR, *(f"      {command}" for command in fair), sep="\n")
     return status
 
 

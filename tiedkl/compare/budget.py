@@ -6,6 +6,7 @@ machine is by then. So it must leave room: `SHARE` of what remains after start a
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from contextlib import suppress
@@ -72,14 +73,15 @@ def fit(
     seeds: int | None = None,
     epochs: int | None = None,
     decay_after: int | None = None,
+    spent: float = 0.0,
 ) -> dict[str, Any]:
     """The plan for `seconds` of training and evaluation: epochs, decay_after, seeds, max_tokens, estimated_seconds.
 
     tokens: of each split. config: `Settings.resolved`, whose epochs are the usual number. seeds, epochs, decay_after:
-    what the user fixed. max_tokens is None where the plan leaves the text as it is. In this order: three to five seeds
-    of the usual epochs; three seeds of at least half as many; three seeds of half as many on less text, down to
-    `LEAST_TOKENS`; one seed of as many epochs as fit; one epoch on less text. Raises CompareError when even that does
-    not fit.
+    what the user fixed. spent: seconds of the budget that are gone already, for the error. max_tokens is None where the
+    plan leaves the text as it is. In this order: three to five seeds of the usual epochs; three seeds of at least half
+    as many; three seeds of half as many on less text, down to `LEAST_TOKENS`; one seed of as many epochs as fit; one
+    epoch on less text. Raises CompareError when even that does not fit.
     """
     window = config["batch"] * config["bptt"]
     usual = config["epochs"]
@@ -126,9 +128,9 @@ def fit(
     low = min(max(window, 20 * config["batch"]), tokens["train"])  # check_length asks for so much
     n_train = most_text(fewest, single, low)
     if n_train is None:
-        needed = FIXED + cost(fewest, single, low) / SHARE
+        needed = math.ceil(spent + FIXED + cost(fewest, single, low) / SHARE)
         raise CompareError(
-            f"the budget is too short: about {needed:.0f} s are needed for {_count(fewest, 'epoch')} of {low} tokens; "
+            f"the budget is too short: about {needed} s are needed for {_count(fewest, 'epoch')} of {low} tokens; "
             "give more time, or a smaller --hidden or --vocab-size"
         )
     return plan(fewest, single, n_train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from .settings import OWN, Settings
@@ -38,14 +39,25 @@ def compare_command(settings: Settings, **changes: Any) -> str:
 
 
 def tune_command(settings: Settings, variant: str) -> str:
-    """`tiedkl tune` of a variant with the settings that a search has too, in a directory of its own.
-
-    A range that leaves out a setting of the run is widened to hold it, since the search begins there.
-    """
+    """`tiedkl tune` of a variant with the settings that a search has too, in a directory of its own."""
     from ..tune.settings import TuneSettings  # tiedkl.tune imports this package
 
     own: dict[str, Any] = {**(settings.overrides or {}).get(variant, {}), "overrides": None}
     settings = replace(settings, **own)
+    names = {field.name for field in fields(TuneSettings)} - {"out", "fresh"}
+    shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name in names}
+    shared = {name: value for name, value in shared.items() if value is not None}
+    search = search_of_all(settings, variant)
+    return f"tiedkl tune{options(TuneSettings(**shared, variant=variant, search=search, out=OUT.format(variant)))}"
+
+
+def search_of_all(settings: Any, variant: str) -> str | None:
+    """`--search` for all that a variant has, None where that is the default. settings: as for `options`.
+
+    A range that leaves out a setting is widened to hold it, since the search begins there.
+    """
+    from ..tune.settings import TuneSettings  # tiedkl.tune imports this package
+
     ranges = TuneSettings(model=settings.model, variant=variant).ranges()
     parts, usual = [], True
     for name, (low, high, log) in ranges.items():
@@ -56,16 +68,17 @@ def tune_command(settings: Settings, variant: str) -> str:
             parts.append(name)
         elif value or not log:  # a logarithmic range cannot hold 0: the setting stays at it
             parts.append(f"{name}={min(low, value)}:{max(high, value)}")
-    names = {field.name for field in fields(TuneSettings)} - {"out", "fresh"}
-    shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name in names}
-    shared = {name: value for name, value in shared.items() if value is not None}
-    search = None if usual else ",".join(parts)
-    return f"tiedkl tune{options(TuneSettings(**shared, variant=variant, search=search, out=OUT.format(variant)))}"
+    return None if usual else ",".join(parts)
 
 
 def tuned_compare_command(settings: Settings, **changes: Any) -> str:
     """`tiedkl compare` with these settings, but those of a search from each variant's result."""
     default = {f.name: f.default for f in fields(Settings) if f.name in (*OWN, "tuned_for", "overrides")}
     variants = changes.get("variants", settings.variants)
-    configs = "".join(f" --config {v}={OUT.format(v)}/best.json" for v in variants)
+    configs = "".join(config(f"{OUT.format(v)}/best.json", v) for v in variants)
     return f"{compare_command(settings, **default, **changes)}{configs}"
+
+
+def config(file: str | Path, variant: str | None = None) -> str:
+    """The option that takes settings from a file, for all variants or for one."""
+    return f" --config {shlex.quote(f'{variant}={file}' if variant else str(file))}"

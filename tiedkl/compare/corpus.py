@@ -99,10 +99,10 @@ def load(
 
     if tokenizer is not None:
         tool = Tokenizer(tokenizer)
-        ids = split_units(units, tool.encode)
-        whole = len(ids["train"])
-        ids = shorten(ids)
-        known = tool.facts(units, ids["train"])
+        encoded = split_units(units, tool.encode)
+        whole = len(encoded["train"])
+        ids = shorten(encoded)
+        known = tool.facts(units, encoded.values(), ids["train"])
         oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
         train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
         return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known, whole=whole)

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .statistics import CONFIDENCE, Interval, holm, length_of_blocks, over_both, over_seeds, over_text, percent
+from .statistics import (
+    CONFIDENCE,
+    Interval,
+    holm,
+    length_of_blocks,
+    over_both,
+    over_seeds,
+    over_text,
+    percent,
+    perplexity,
+)
 
 SAYS = {
     "seeds": "would another random seed say the same about this test text? (Student's t over the seeds)",
@@ -50,7 +60,7 @@ def mean_ce(run: Run) -> float:
 def perplexity_interval(runs: list[Run]) -> tuple[float, float] | None:
     """Student's interval of the test perplexity over seeds, None with fewer than two."""
     interval = over_seeds([mean_ce(run) for run in finished(runs).values()])
-    return interval and (math.exp(min(interval.low, 700)), math.exp(min(interval.high, 700)))
+    return interval and (perplexity(interval.low), perplexity(interval.high))
 
 
 def against(baseline: list[Run], variant: list[Run], *, means: bool = False) -> dict[str, Any] | None:
@@ -68,7 +78,7 @@ def against(baseline: list[Run], variant: list[Run], *, means: bool = False) -> 
     block = length_of_blocks(differences, means=means)
     text = over_text(differences, length=block)
     seed_interval = over_seeds(per_token.mean(1).tolist())
-    ppl = [math.exp(min(sum(mean_ce(part[s]) for s in seeds) / len(seeds), 700)) for part in (new, old)]
+    ppl = [perplexity(sum(mean_ce(part[s]) for s in seeds) / len(seeds)) for part in (new, old)]
     return {
         "seeds": seeds,
         "test_ppl": ppl,
@@ -100,9 +110,14 @@ def _entry(interval: Interval) -> dict[str, Any]:
 
 
 def adjust(changes: dict[str, dict[str, Any] | None]) -> None:
-    """Replace each `p_holm` by Holm's, over the variants that were compared with the baseline."""
-    for kind in ("over_text", "over_seeds", "over_both"):
-        entries = {name: c[kind] for name, c in changes.items() if c is not None and c[kind] is not None}
+    """Replace each `p_holm` by Holm's, over the variants that were compared with the baseline.
+
+    Those of one kind of interval are a family, and last the `surest` of every variant, whatever their numbers of seeds.
+    """
+    found = {name: change for name, change in changes.items() if change is not None}
+    kinds = ("over_text", "over_seeds", "over_both")
+    families = [{name: c[kind] for name, c in found.items() if c[kind] is not None} for kind in kinds]
+    for entries in (*families, {name: surest(c) for name, c in found.items()}):
         for name, p in holm({name: entry["p"] for name, entry in entries.items()}).items():
             entries[name]["p_holm"] = p
 
@@ -120,7 +135,7 @@ def mean_curves(runs: list[Run]) -> list[dict[str, Any]]:
         ppl = [r["valid_ppl"] for r in same]
         row |= {"valid_low": min(ppl), "valid_high": max(ppl), "seeds": len(same)}
         if len(same) > 1:
-            row["valid_ppl"] = math.exp(min(row["valid_ce"], 700))
+            row["valid_ppl"] = perplexity(row["valid_ce"])
         rows.append(row)
     return rows
 

@@ -34,6 +34,7 @@ from ..environment import finite
 from .checklist import checklist
 from .evidence import Run, adjust, against, kl_share, mean_ce, mean_curves, perplexity_interval
 from .settings import VARIANTS, Settings, of_variant
+from .statistics import perplexity
 from .verdict import limits, verdict
 
 SCHEMA = 2
@@ -120,7 +121,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], co
         "parameters": last["parameters"],
         "best_epoch": runs[0].result["best_epoch"],
         "valid_ppl": _geometric(valid),
-        "test_ppl": _exp(statistics.fmean(map(mean_ce, done))) if done else None,
+        "test_ppl": perplexity(statistics.fmean(map(mean_ce, done))) if done else None,
         "test_ppl_interval": perplexity_interval(runs),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "tokens_per_second_range": [min(by_epoch), max(by_epoch)] if by_epoch else None,
@@ -134,11 +135,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], co
 def _geometric(values: list[float]) -> float | None:
     if len(values) < 2:
         return values[0] if values else None
-    return _exp(statistics.fmean(map(math.log, values)))
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return perplexity(statistics.fmean(map(math.log, values)))
 
 
 def _change(v: dict[str, Any], base: dict[str, Any] | None, key: str) -> float | None:

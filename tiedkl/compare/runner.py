@@ -154,15 +154,16 @@ def _plan(
     """
     data, budget = Data.of(text, config["batch"], device), parse_duration(str(settings.budget))
     speed = measure_speed([Trainer(v, config, data, device) for v in ordered(settings.variants)], budget)
-    tokens = text.facts()["tokens"]
+    tokens, spent = text.facts()["tokens"], time.monotonic() - began
     plan = fit(
         speed,
         tokens,
-        SHARE * (budget - FIXED - (time.monotonic() - began)),
+        SHARE * (budget - FIXED - spent),
         config,
         seeds=settings.seeds,
         epochs=settings.epochs,
         decay_after=settings.decay_after,
+        spent=spent,
     ) | {"batch": config["batch"]}
     longest = SMALL - 1
     short = settings.resolved(longest) | {"threads": config["threads"]}

@@ -33,6 +33,11 @@ class Interval(NamedTuple):
     df: int  # degrees of freedom of that error; 0 where it has no single number of them
 
 
+def perplexity(ce: float) -> float:
+    """exp(ce), ce in nats a token; infinite where that overflows."""
+    return math.exp(ce) if ce < 700 else math.inf
+
+
 def percent(nats: float) -> float:
     """A difference of mean cross-entropies as a change of perplexity in per cent."""
     return 100.0 * math.expm1(min(nats, 700.0))

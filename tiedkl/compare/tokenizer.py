@@ -53,11 +53,16 @@ class Tokenizer:
             found += [*encoding.ids, self.eos]
         return found
 
-    def facts(self, units: list[str] | dict[str, list[str]], train: list[int]) -> dict[str, Any]:
-        """For the report: tokens a word of the whole text, words being what white space divides; vocabulary in use."""
+    def facts(
+        self, units: list[str] | dict[str, list[str]], ids: Iterable[list[int]], train: list[int]
+    ) -> dict[str, Any]:
+        """For the report: tokens a word of the whole text, words being what white space divides; vocabulary in use.
+
+        ids: those of `units`, split by split; train: those that are trained on.
+        """
         texts = units if isinstance(units, list) else [u for part in units.values() for u in part]
         n_words = sum(len(u.split()) for u in texts)
-        n_ids = sum(k != self.eos for k in self.encode(texts))
+        n_ids = sum(len(part) - part.count(self.eos) for part in ids)
         return {
             "kind": f"tokenizer {self.name}",
             "tokens_per_word": n_ids / max(1, n_words),

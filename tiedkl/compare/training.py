@@ -25,6 +25,7 @@ from .corpus import SPLITS, Corpus, batches
 from .lstm import State
 from .models import LanguageModel, VariantLoss
 from .settings import CompareError, Variant, of_variant
+from .statistics import perplexity
 
 Event = Literal["step", "epoch", "done"]
 WARM_UPS = 3  # steps before a CUDA graph is captured
@@ -54,11 +55,6 @@ class Data:
 def in_text_order(values: Tensor, targets: Tensor) -> Tensor:
     """Values (T, B) of a split's tokens as (n_tokens,) in the order of the text, padding left out."""
     return values.T[targets.T >= 0]  # a column is consecutive text
-
-
-def perplexity(ce: float) -> float:
-    """exp(ce); infinite where that overflows."""
-    return math.exp(ce) if ce < 700 else math.inf
 
 
 class CapturedStep:

@@ -2,7 +2,8 @@
 
 best.json: `schema` 1, `settings` (keywords of `tiedkl.compare.Settings`), `loss` (keywords of
 `tiedkl.FusedTiedLoss`), `tuned_for` (a variant), `trial`, `valid_ppl` (defaults, best), `check`, `unchecked`, `search`,
-`trials` (number, state, note, defaults, params, valid_ppl, epochs, seconds), `text`, `training`, `verdict`.
+`trials` (number, state, note, defaults, params, valid_ppl, epochs, seconds), `text`, `training`, `verdict`, `commands`
+(what to do with it, as `commands` below has it).
 
 `check` is the winner against the defaults with other seeds: `trial`, `valid_ppl` (seed, defaults, best; null where the
 training diverged), `diverged` (seed, settings, note), and `test`, the test split (evidence.py; null where no seed has
@@ -12,18 +13,20 @@ both). It is null where it was not done, and `unchecked` says why.
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compare.command import OUT, compare_command, config, options, search_of_all
 from ..compare.evidence import surest
 from ..compare.markdown import rows as markdown_rows
-from ..compare.settings import LOSS_OPTIONS, OWN, VARIANTS
+from ..compare.settings import LOSS_OPTIONS, OWN, VARIANTS, Settings
+from ..compare.statistics import perplexity
 from ..compare.store import write_atomically
 from ..compare.tables import number
 from ..environment import finite
 from .settings import TuneSettings
-from .study import ABANDONED, BEST, DEFAULTS, DIVERGED, NOTE, REASON, TABLE, optuna
+from .study import ABANDONED, BEST, DEFAULTS, DIVERGED, DIVERGED_CE, NOTE, REASON, TABLE, optuna
 
 if TYPE_CHECKING:
     from .worker import Task
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 KEPT = (  # what a learning rate, a temperature and gamma go with
     "model", "hidden", "layers", "batch", "bptt", "lr_decay", "clip", "vocab_size", "min_count",
 )  # fmt: skip
+FAIR = "For a fair test each variant needs a search of its own:"
 NOT_YET = "Other seeds were not tried yet: the same command goes on with the search and the check."
 
 
@@ -46,10 +50,14 @@ def pair(study: Any) -> tuple[Any, Any]:
     return defaults, min(trials, key=lambda t: t.value, default=None)
 
 
+def epochs(trial: Any) -> list[float]:
+    """Validation cross-entropy after each epoch."""
+    return [ce for ce in trial.intermediate_values.values() if ce != DIVERGED_CE]
+
+
 def ppl(trial: Any) -> float | None:
-    """Validation perplexity, of the best epoch so far for a trial that was pruned."""
-    values = [trial.value] if trial.value is not None else list(trial.intermediate_values.values())
-    return math.exp(min(min(values), 700.0)) if values else None
+    """Validation perplexity of the best epoch; None without one."""
+    return perplexity(min(epochs(trial))) if epochs(trial) else None
 
 
 def result(
@@ -59,8 +67,8 @@ def result(
     defaults, best = pair(study)
     wanting = checked is None and defaults is not None and best is not None and best.number != defaults.number
     params = dict(best.params) if best else settings.defaults()
-    config = {name: task.config[name] for name in KEPT} | {"tokenizer": settings.tokenizer}
-    values = {**config, **{n: task.config[n] for n in OWN}, **params}
+    kept = {name: task.config[name] for name in KEPT} | {"tokenizer": settings.tokenizer}
+    values = {**kept, **{n: task.config[n] for n in OWN}, **params}
     found = {
         "schema": 1,
         "settings": values,
@@ -77,7 +85,7 @@ def result(
         "text": {key: task.facts[key] for key in ("name", "vocabulary", "tokens", "sha256")},
         "training": {"epochs": settings.epochs, "max_tokens": settings.max_tokens, "seed": settings.seed},
     }
-    return found | {"verdict": verdict(found)}
+    return found | {"verdict": verdict(found), "commands": commands(settings)}
 
 
 def _row(trial: Any) -> dict[str, Any]:
@@ -89,7 +97,7 @@ def _row(trial: Any) -> dict[str, Any]:
         "defaults": bool(trial.user_attrs.get(DEFAULTS)),
         "params": dict(trial.params),
         "valid_ppl": ppl(trial),
-        "epochs": len(trial.intermediate_values),
+        "epochs": len(epochs(trial)),
         "seconds": trial.user_attrs.get("seconds"),
     }
 
@@ -169,17 +177,27 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     notes = [f"- Trial {t['number']}: {t['note']}" for t in found["trials"] if t["note"]]
     lines += [*markdown_rows(table(found)), "", *(notes and [*notes, ""])]
-    return "\n".join([*lines, "Use it: `tiedkl compare --config best.json`", "", fair(found, "best.json"), ""])
+    code = [f"    {command}" for command in found["commands"]]
+    return "\n".join([*lines, "Use it:", "", code[0], "", FAIR, "", *code[1:], ""])
 
 
-def fair(found: dict[str, Any], best: str | Path) -> str:
-    """How a comparison with these settings is fair; `best` is the path of best.json."""
-    own = found["tuned_for"]
+def commands(settings: TuneSettings) -> list[str]:
+    """To compare with what was found; to search for another variant alike; to compare each with its own."""
+    own, best = settings.variant, Path(settings.out).expanduser() / BEST
     other = "real" if own == "baseline" else "baseline"
-    return (
-        f"For a fair test each variant needs a search of its own: tiedkl tune --variant {other} --out tune-{other}; "
-        f"then tiedkl compare --variants {other},{own} --config {other}=tune-{other}/best.json --config {own}={best}"
-    )
+    out = Path(OUT.format(other))
+    # of a baseline there is no gamma to search
+    parts = [] if settings.search is None else [part.strip() for part in settings.search.split(",")]
+    kept = [part for part in parts if VARIANTS[other].augmented or not part.startswith(LOSS_OPTIONS)]
+    searched = ",".join(kept) or search_of_all(settings, other)
+    search = replace(settings, variant=other, out=str(out), search=searched, fresh=False)
+    # the rest is in best.json
+    again = Settings(data=settings.data, impl=settings.impl, device=settings.device, threads=settings.threads)
+    return [
+        compare_command(again) + config(best),
+        f"tiedkl tune{options(search)}",
+        compare_command(again, variants=(other, own)) + config(out / BEST, other) + config(best, own),
+    ]
 
 
 def write_best(

@@ -15,7 +15,7 @@ import torch
 
 from ..compare.evidence import Run, against
 from ..compare.lock import locked
-from ..compare.settings import parse_duration
+from ..compare.settings import CompareError, parse_duration
 from ..compare.store import Store
 from ..compare.tables import number
 from ..compare.training import Diverged
@@ -59,9 +59,9 @@ def tune(
 
     try:
         with locked(out, LOCK, "tiedkl tune"):
+            task = Task(settings)
             if settings.fresh:
                 clear(out)
-            task = Task(settings)
             study = open_study(settings, task.identity)
             lost, n_done = recover(study), len(finished(study))
             if n_done or lost:
@@ -119,7 +119,7 @@ def _run(
                         os.kill(other.pid, signal.SIGINT)
     failed = [p.name for p in processes if p.exitcode]
     if failed and not should_stop():
-        raise RuntimeError(f"{', '.join(failed)} ended with an error; what was found is kept in {settings.out}")
+        raise CompareError(f"{', '.join(failed)} ended with an error; what was found is kept in {settings.out}")
 
 
 def _check(

@@ -21,6 +21,7 @@ NAME = "tiedkl"
 DATABASE, LOCK, BEST, TABLE = "study.db", "study.lock", "best.json", "tune.md"
 DEFAULTS, REASON, NOTE = "defaults", "reason", "note"  # attributes of a trial
 DIVERGED, ABANDONED = "diverged", "interrupted"
+DIVERGED_CE = 1e6  # what the sampler is told of a training that diverged
 
 
 def optuna() -> Any:
@@ -124,5 +125,6 @@ def finished(study: Any) -> list[Any]:
     return [
         t
         for t in study.get_trials(deepcopy=False)
+        # earlier versions marked those that diverged as failed
         if t.state in (state.COMPLETE, state.PRUNED) or (t.state == state.FAIL and t.user_attrs.get(REASON) == DIVERGED)
     ]

@@ -20,7 +20,7 @@ from ..compare.settings import VARIANTS, CompareError
 from ..compare.training import Data, Diverged, Trainer
 from . import report
 from .settings import TuneSettings
-from .study import DEFAULTS, DIVERGED, NOTE, REASON, abandon, finished, open_study, optuna, queue_neighbour
+from .study import DEFAULTS, DIVERGED, DIVERGED_CE, NOTE, REASON, abandon, finished, open_study, optuna, queue_neighbour
 
 
 class Stopped(Exception):
@@ -46,12 +46,24 @@ class Task:
         check_length(self.facts["tokens"], self.config["batch"], self.config["bptt"])
         self.data = Data.of(text, self.config["batch"], self.device)
         self.variant = VARIANTS[settings.variant]
+        first = self._trainer({})
+        try:
+            first.loss.plan(first.model, self.config["batch"] * self.config["bptt"])
+        except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
+            raise CompareError(str(error).splitlines()[0]) from None
         self.identity = {k: v for k, v in self.config.items() if k not in ("threads", "budget")} | {
             "corpus": self.facts["sha256"],
             "variant": settings.variant,
             "search": {name: list(r) for name, r in settings.ranges().items()},
             "defaults": settings.defaults(),
         }
+
+    def _trainer(self, changes: dict[str, float]) -> Trainer:
+        """A training at its start. Raises CompareError when it cannot begin."""
+        try:
+            return Trainer(self.variant, self.config | changes, self.data, self.device)
+        except (RuntimeError, ValueError) as error:
+            raise CompareError(str(error).splitlines()[0]) from None
 
     def train(
         self,
@@ -67,10 +79,7 @@ class Task:
         Without `test` the test split is never looked at. Raises Diverged when the training diverges, and CompareError
         when it cannot begin.
         """
-        try:
-            trainer = Trainer(self.variant, self.config | params | {"seed": seed}, self.data, self.device)
-        except (RuntimeError, ValueError) as error:
-            raise CompareError(str(error).splitlines()[0]) from None
+        trainer = self._trainer(params | {"seed": seed})
         for event in trainer.run():
             if should_stop():
                 raise Stopped
@@ -118,11 +127,11 @@ def _trial(
 ) -> bool:
     """One trial; False when it was stopped."""
     package = optuna()
-    state, began, best = package.trial.TrialState, time.perf_counter(), float("inf")
+    state, began, best, n_epochs = package.trial.TrialState, time.perf_counter(), float("inf"), 0
 
     def epoch_done(epoch: int, valid_ce: float) -> None:
-        nonlocal best
-        best = min(best, valid_ce)
+        nonlocal best, n_epochs
+        best, n_epochs = min(best, valid_ce), epoch
         trial.report(valid_ce, epoch)
         judged = epoch == settings.epochs or trial.user_attrs.get(DEFAULTS)  # the defaults are needed to the end
         if not judged and trial.should_prune():
@@ -136,7 +145,8 @@ def _trial(
     except Diverged as error:
         trial.set_user_attr(REASON, DIVERGED)
         trial.set_user_attr(NOTE, str(error))
-        outcome = {"state": state.FAIL}
+        trial.report(DIVERGED_CE, n_epochs + 1)  # the sampler overlooks failed trials, and would come back here
+        outcome = {"state": state.PRUNED}
     except (Stopped, CompareError, KeyboardInterrupt) as stopped:
         abandon(study, trial)
         if not isinstance(stopped, Stopped):

@@ -300,7 +300,7 @@ def target_gradient_kernel(
     targets,  # (3, capacity) float64 of finish_targets_kernel
     ids,  # (capacity,) int64
     count,  # () int64
-    out,  # (capacity, B) input dtype: T_u = (alpha/tau) q_u sum_n g_n (delta_n - KL_n)
+    out,  # (capacity, B) input dtype, but float32 for float16: T_u = (alpha/tau) q_u sum_n g_n (delta_n - KL_n)
     capacity,
     v0,
     width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +14,7 @@ from .launch import cdiv, launch
 @triton.jit(do_not_specialize=["M", "K"])
 def counted_product_kernel(
     left,  # (M, K)
-    right,  # (K, D)
+    right,  # (K, D), in float16 where left may be in float32
     out,  # (M, D) float32, added to
     count,  # () int64: of the rows of left, or, INNER, of its columns and the rows of right, that many are meant
     M,
@@ -60,7 +61,8 @@ def counted_product_kernel(
         else:
             b = tl.load(b_tile, mask=inside[:, None] & col_mask, other=0.0)
         if INTERPRETED:  # as in product_tile
-            a, b = a.to(tl.float32), b.to(tl.float32)
+            a = a.to(tl.float32)
+        b = b.to(a.dtype)  # float16 in tf32 is exact
         if apart:
             total += tl.dot(a, b, nothing, input_precision=PRECISION)
         else:
@@ -73,9 +75,12 @@ def counted_product_kernel(
 def add_counted_product(out: Tensor, x: Tensor, y: Tensor, count: Tensor, inner: bool) -> None:
     """out (M, D) float32 += x (M, K) y (K, D), of the first `count` rows, or, `inner`, of the first `count` terms.
 
-    Rows of `out` and `y` are contiguous; x may be transposed.
+    Rows of `out` and `y` are contiguous; x may be transposed, and in float32 where y is in float16: it is rounded to
+    the 11 bits of tf32 then, as many as float16 has.
     """
     tile, constants = launch(y, "gradient", whole=True)
+    if x.dtype != y.dtype and not torch.version.hip:
+        constants = constants | {"PRECISION": "tf32"}
     (m, k), d = x.shape, y.shape[1]
     counted_product_kernel[(cdiv(d, tile.cols), cdiv(m, tile.rows))](
         x, y, out, count, m, k, d, x.stride(0), x.stride(1), y.stride(0), out.stride(0), INNER=inner,

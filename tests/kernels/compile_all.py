@@ -47,6 +47,7 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
         else:
             inputs = argument in INPUTS or (argument == "out" and name in OUT_INPUTS)
             inputs &= argument != "h" or not constants["STORED"]
+            inputs &= argument not in ("left", "out") or dtype != "fp16"  # T, which float16 does not hold
             doubles = argument in DOUBLES or (argument == "out" and name in OUT_DOUBLES)
             element = dtype if inputs else "i64" if argument in INTEGERS else "fp64" if doubles else "fp32"
             signature[argument], aligned = f"*{element}", True
@@ -141,7 +142,9 @@ def configurations(architecture: str) -> Iterator[tuple[Any, str, config.Tile | 
                             yield stats.token_stats_kernel, dtype, tile, {**product, **some, "STORED": False}
                     else:
                         for one, inner in (("stride_left", True), ("stride_left_k", False)):
-                            yield products.counted_product_kernel, dtype, tile, {**product, "INNER": inner, one: 1}
+                            exact = {"PRECISION": "tf32"} if dtype == "fp16" else {}
+                            some = {**product, **exact, "INNER": inner, one: 1}
+                            yield products.counted_product_kernel, dtype, tile, some
                         for some in GRADIENT_OPTIONS[:n_options]:
                             yield grads.gradient_kernel, dtype, tile, {**product, **some, "STORED": False}
 

@@ -263,6 +263,22 @@ def test_weights_of_any_size_keep_their_digits_in_float16() -> None:
     assert float(error.max()) < 2**-11, error.tolist()
 
 
+def test_the_target_gradient_of_a_frequent_word_fits_into_float16() -> None:
+    """Two hundred tokens have one target; what they add up to before the products is beyond 65,504."""
+    random = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(*size, generator=random).half() for size in ((256, 16), (40, 16)))
+    y = torch.randint(40, (256,), generator=random)
+    y[:200] = 0
+    p = Problem(h, w / 2, y, None, None, Options(2.0, 8.0, target_grad=True))
+    g = torch.full((256,), 1 / 256)
+    _, got = backend.backward(p, plan_for(p, "triton", None, True), g, Needs(h=True, w=True))
+    _, want = reference.backward(p.to(torch.float64), g.double(), Needs(h=True, w=True))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a.double(), b, rtol=2**-9, atol=2**-10 * float(b.abs().max()))
+
+
 @triton.jit
 def _sums(x, out, n):
     total, lost = 0.0, 0.0

@@ -54,10 +54,10 @@ ALIGNED = (
     16  # elements: Triton compiles wide stores, and cuBLAS takes its fast kernels, for rows that start at 16 bytes
 )
 LARGE_HALF, LARGE_LSE = 2.0**13, 1000.0  # an entry of G in float16, an eighth of what it can be; and such an lse
-HALF = replace(FULL, z_buffers=0.5 + SUMS, kept_buffers=1, delta_buffers=1.5)
+HALF = replace(FULL, z_buffers=0.5 + SUMS, kept_buffers=1)
 # With all tokens in one block d_w is rounded block by block: a V x D in float32 less. Blocks narrower than some 2,000
 # columns pass d_h through memory more often, at 512 for 8% of the time (N=16,384, V=128,256, D=2,048 on an H200).
-BFLOAT16 = replace(HALF, whole_block=512)
+BFLOAT16 = replace(HALF, delta_buffers=1.5, whole_block=512)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -243,7 +243,9 @@ class _ThroughTargets:
         self.start = torch.searchsorted(key, places)
         self.u = self.t[targets.ids]
         self.d_u = torch.zeros(self.u.shape, dtype=torch.float32, device=key.device)
-        self.block_t = self.u.new_empty(targets.capacity, walk.stride)
+        # What hundreds of tokens of a frequent word add up to can be beyond float16.
+        dtype = torch.float32 if self.u.dtype == torch.float16 else self.u.dtype
+        self.block_t = self.u.new_empty(targets.capacity, walk.stride, dtype=dtype)
 
     def block(self, delta: Tensor, s: Tensor, sums: Any, columns: slice) -> None:
         """Add the share of some vocabulary rows, whose delta and s are given."""

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tiedkl.plan import Programs, busy
+
 from . import config
 from .config import Tile, tiles
 from .exponential import INTERPRETED
@@ -85,27 +87,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def busy(programs: int, tile: Tile, device: torch.device) -> float:
-    """Share of the multiprocessors' time that programs of equal length use."""
-    places = processors(device) * tile.resident
-    return programs / (cdiv(programs, places) * places)
+def programs(tile: Tile, device: torch.device) -> Programs:
+    """What a block of logits is to fill."""
+    return Programs(tile.rows, tile.cols, processors(device) * tile.resident)
 
 
-@functools.cache
-def filling(rows: int, columns: int, tile: Tile, device: torch.device) -> int:
-    """Columns of a block of so many rows, at most `columns` and at least three quarters of them, that idle least."""
-    row_tiles, most = cdiv(rows, tile.rows), cdiv(columns, tile.cols)
-    best = max(range(most, most * 3 // 4, -1), key=lambda n: busy(row_tiles * n, tile, device))
-    return min(columns, best * tile.cols)
-
-
-@functools.cache
+@functools.lru_cache(1024)
 def splits(row_tiles: int, vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """(splits of the vocabulary, tiles per split): some four programs a multiprocessor, few idle at the end."""
     places = processors(device) * tile.resident
     tiles, wanted = cdiv(vocab, tile.cols), cdiv(max(4 * processors(device), places), row_tiles)
     some = range(max(1, wanted // 2), max(2, wanted * 3 // 2))
-    best = max(some, key=lambda n: busy(row_tiles * n, tile, device))
+    best = max(some, key=lambda n: busy(row_tiles * n, places))
     share = cdiv(tiles, min(best, tiles))
     return cdiv(tiles, share), share
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from tiedkl import backends
 from tiedkl.backends import cuda, triton
 from tiedkl.backends.cpp import NATIVE_BF16
-from tiedkl.plan import DEFAULT_WORKSPACE, MIB, TOKEN_BLOCKS, VOCAB_BLOCKS, Shape, Tuning, make_plan, scratch_bytes
+from tiedkl.plan import (
+    DEFAULT_WORKSPACE,
+    MIB,
+    TOKEN_BLOCKS,
+    VOCAB_BLOCKS,
+    Programs,
+    Shape,
+    Tuning,
+    make_plan,
+    scratch_bytes,
+)
 
 TUNINGS = {name: backends.load(name).TUNING for name in ("cpp", "torch")} | {"cpp bf16": NATIVE_BF16}
 shapes = st.builds(
@@ -157,6 +167,45 @@ def test_a_large_budget_keeps_the_logits_of_the_fused_kernels() -> None:
     kept = plan.token_block * 32_001 * (logits + gradients + similarities)
     assert kept <= plan.scratch_bytes <= 1.02 * kept
     assert make_plan("triton", shape, triton.HALF).strategy == VOCAB_BLOCKS
+
+
+H200 = Programs(128, 128, 2 * 132)
+
+
+@pytest.mark.parametrize("places", [132, 264])
+@pytest.mark.parametrize("rows", [1, 130, 2048, 4096, 8192])
+@pytest.mark.parametrize("columns", [1, 128, 1152, 2688, 5376])
+def test_blocks_that_fill_the_device(rows: int, columns: int, places: int) -> None:
+    programs = H200._replace(places=places)
+    found = programs.filling(rows, columns)
+    assert 3 / 4 * columns < found <= columns
+    assert programs.busy(rows, found) >= programs.busy(rows, columns)
+    if (rows, columns, places) == (4096, 2688, 264):
+        assert (found, programs.busy(rows, found)) == (2048, 512 / 528)
+
+
+def test_the_plan_says_how_wide_blocks_are() -> None:
+    tuning = replace(triton.BFLOAT16, programs=H200)
+    plan = make_plan("triton", Shape(8192, 128_256, 2048, 2048, half=True), tuning)
+    assert (plan.token_block, plan.vocab_block) == (8192, 1024)  # 1,152 would fit: 576 programs on 264 places
+    assert plan.scratch_bytes == scratch_bytes(Shape(8192, 128_256, 2048, 2048, half=True), tuning, 8192, 8192, 1024)
+
+
+@pytest.mark.parametrize(("tokens", "one_block"), [(8192, True), (16_384, True), (17_000, False), (20_000, False)])
+def test_one_block_of_all_tokens_has_to_fill_the_device(tokens: int, one_block: bool) -> None:
+    """512 columns of 17,000 tokens are 532 programs, of which four run while 260 places idle."""
+    tuning = replace(triton.BFLOAT16, programs=H200)
+    plan = make_plan("triton", Shape(tokens, 128_256, 2048, 2048, half=True), tuning)
+    assert (plan.token_block == tokens) == one_block
+    assert H200.busy(plan.token_block, plan.vocab_block) >= 0.85
+
+
+def test_without_a_gradient_of_the_matrix_there_is_nothing_to_round() -> None:
+    shape = Shape(16_384, 128_256, 2048, 2048, half=True)
+    tuning = replace(triton.BFLOAT16, programs=H200)
+    whole, frozen = (make_plan("triton", replace(shape, weight_grad=x), tuning) for x in (True, False))
+    assert whole.token_block == 16_384
+    assert (frozen.token_block, frozen.vocab_block) == (4096, 2048)  # d_h passes through memory less often
 
 
 CUDA = {"float32": cuda.FULL, "bfloat16": cuda.HALF}

@@ -228,5 +228,6 @@ def explain(
     c = check_call(settings, input, weight, target, bias, target_weight, token_weight, num_items, shift)
     o = settings.scalars.options
     problem = Problem(c.h, c.w, c.target, c.b, c.t, o)
-    plan = ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(needs(c, o)))
+    wanted = needs(c, o)
+    plan = ops.plan_for(problem, settings.impl, options.get("workspace_bytes"), bool(wanted), bool(wanted & ops.NEED_W))
     return replace(plan, skipped=dict(plan.skipped))  # plans are cached: the caller gets a dictionary of their own

@@ -60,8 +60,11 @@ class Scalars(NamedTuple):
         return cls(options, *ints[1:])
 
 
-def plan_for(p: Problem, impl: str, workspace_bytes: int | None, grad: bool) -> Plan:
-    """The plan for one problem. RuntimeError when a named backend cannot run it."""
+def plan_for(p: Problem, impl: str, workspace_bytes: int | None, grad: bool, weight_grad: bool = True) -> Plan:
+    """The plan for one problem; weight_grad: whether that of w is among the gradients that are wanted, if any.
+
+    RuntimeError when a named backend cannot run it.
+    """
     o = p.options
     shape = Shape(
         tokens=p.h.shape[0],
@@ -71,6 +74,7 @@ def plan_for(p: Problem, impl: str, workspace_bytes: int | None, grad: bool) -> 
         kl=o.alpha != 0,
         grad=grad,
         target_grad=o.target_grad,
+        weight_grad=weight_grad,
         acc_bytes=p.acc.itemsize,
         half=p.h.dtype != p.acc,
         threads=torch.get_num_threads() if p.h.device.type == "cpu" else 1,
@@ -81,7 +85,7 @@ def plan_for(p: Problem, impl: str, workspace_bytes: int | None, grad: bool) -> 
 @functools.lru_cache(maxsize=256)
 def _plan(impl: str, device: torch.device, dtype: torch.dtype, shape: Shape, workspace_bytes: int | None) -> Plan:
     name, skipped = backends.choose(impl, device, dtype)
-    return replace(make_plan(name, shape, backends.load(name).tuning(dtype), workspace_bytes), skipped=skipped)
+    return replace(make_plan(name, shape, backends.load(name).tuning(dtype, device), workspace_bytes), skipped=skipped)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -91,7 +95,7 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 def _run(p: Problem, g: Tensor | None, c: Scalars, impl: str) -> tuple[Terms, Grads]:
     """Plan and run one problem; g None means no gradient."""
-    plan = plan_for(p, impl, c.workspace_bytes if c.workspace_bytes >= 0 else None, g is not None)
+    plan = plan_for(p, impl, c.workspace_bytes if c.workspace_bytes >= 0 else None, g is not None, c.wanted.w)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("N=%d V=%d D=%d %s\n%s", p.h.shape[0], p.w.shape[0], p.h.shape[1], p.h.dtype, plan)
     backend = backends.load(plan.impl)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 64 * MIB
+WELL_FILLED = 0.85  # of a device's time
 TOKEN_BLOCKS, VOCAB_BLOCKS = "token_blocks", "vocab_blocks"
 
 
@@ -30,6 +32,7 @@ class Shape:
     kl: bool = True
     grad: bool = True
     target_grad: bool = False
+    weight_grad: bool = True  # of the gradients, that of the matrix is wanted
     acc_bytes: int = 4
     half: bool = False  # inputs narrower than the accumulation dtype
     threads: int = 1
@@ -38,6 +41,29 @@ class Shape:
     def through_target(self) -> bool:
         """Whether a gradient flows through the similarity target."""
         return self.kl and self.grad and self.target_grad
+
+
+def busy(programs: int, places: int) -> float:
+    """Share of the time of a device with so many places that programs of equal length use."""
+    return programs / (-(-programs // places) * places)
+
+
+class Programs(NamedTuple):
+    """Rows and columns of logits of one program, and how many programs a device runs at a time."""
+
+    rows: int
+    cols: int
+    places: int
+
+    def busy(self, rows: int, columns: int) -> float:
+        """Share of the device's time that a block of logits uses."""
+        return busy(-(-rows // self.rows) * -(-columns // self.cols), self.places)
+
+    def filling(self, rows: int, columns: int) -> int:
+        """Columns of a block of so many rows, at most `columns` and over three quarters of them, that idle least."""
+        most = -(-columns // self.cols)
+        widths = [min(columns, n * self.cols) for n in range(most, most * 3 // 4, -1)]
+        return max(widths, key=lambda width: self.busy(rows, width))
 
 
 @dataclass(frozen=True)
@@ -61,8 +87,10 @@ class Tuning:
     target_copies: float = 0  # without that: the similarity source's are, in units of the accumulation dtype
     all_targets: bool = False  # similarities are computed as if every token had a target of its own
     all_target_grads: bool = False  # the target gradient's products are taken likewise
-    # B from which one block of all tokens is preferred, since d_w is then complete at once. 0: never
+    # B from which one block of all tokens is preferred where it fills the device, since d_w is then complete at once.
+    # 0: never
     whole_block: int = 0
+    programs: Programs | None = None  # what B of vocab_blocks is to fill
     token_multiple: int = 1  # C likewise, where there are several blocks of tokens
     vocab_multiple: int = 1  # B in whole multiples of this, where it is that large: alignment
 
@@ -75,7 +103,7 @@ class Plan:
     strategy: str
     token_block: int  # C
     target_block: int  # Cw
-    vocab_block: int  # B; a backend may take less where that fills the device better
+    vocab_block: int  # B
     panel: int
     scratch_bytes: int  # peak beyond inputs, O(N) vectors and gradients
     workspace_bytes: int  # the budget
@@ -109,11 +137,16 @@ def scratch_bytes(shape: Shape, tuning: Tuning, tokens: int, targets: int, vocab
         rows += targets * shape.teacher_width * (2 if target_grad else 1)
     elif kl:
         rows += math.ceil(targets * shape.teacher_width * tuning.target_copies)
-    if tuning.whole_block and shape.grad and not target_grad and tokens >= shape.tokens and vocab < shape.vocab:
+    if tuning.whole_block and _rounds_w(shape) and tokens >= shape.tokens and vocab < shape.vocab:
         rows += vocab * shape.width  # a block of d_w before it is rounded
     if shape.half:
         rows += tuning.widened * min(tuning.panel, vocab) * max(shape.width, shape.teacher_width)
     return shape.acc_bytes * (math.ceil(columns * vocab) + rows)
+
+
+def _rounds_w(shape: Shape) -> bool:
+    """Whether blocks of all tokens complete d_w, which may then be rounded block by block."""
+    return shape.grad and shape.weight_grad and not shape.through_target
 
 
 def _targets(tuning: Tuning, tokens: int) -> int:
@@ -167,13 +200,21 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
             tokens = even(tokens)
     else:  # Strict: as many tokens as a useful number of columns allows, then as many columns as still fit.
         columns = min(v, tuning.min_vocab_block)
-        whole = min(v, tuning.whole_block)
-        one_block = whole and shape.grad and not shape.through_target and fits(n, whole)
-        tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
         # Fewer than all columns where there are token blocks: the choice above is monotone in the budget, and stands.
-        vocab = _largest(max(1, v - 1) if tuning.token_block else v, lambda b: fits(tokens, b))
-        if tuning.vocab_multiple < vocab < v:
-            vocab -= vocab % tuning.vocab_multiple
+        limit, programs = max(1, v - 1) if tuning.token_block else v, tuning.programs
+
+        def width(tokens: int) -> int:
+            found = _largest(limit, lambda b: fits(tokens, b))
+            if tuning.vocab_multiple < found < v:
+                found -= found % tuning.vocab_multiple
+            return programs.filling(tokens, found) if programs and found < v else found
+
+        whole = min(v, tuning.whole_block)
+        one_block = whole and _rounds_w(shape) and fits(n, whole)
+        if one_block and programs:
+            one_block = programs.busy(n, width(n)) >= WELL_FILLED
+        tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
+        vocab = width(tokens)
     strategy = TOKEN_BLOCKS if vocab >= v and tuning.token_block else VOCAB_BLOCKS
     targets = _targets(tuning, tokens)
     if tuning.shared_rows and tokens == n and vocab == v:  # one block for all, were every target another

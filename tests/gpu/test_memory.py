@@ -119,8 +119,8 @@ def test_more_than_2_to_the_31_logits(
     needs_free(52 if budget else 14)
     if budget:  # all tokens in one block
         module = backends.load(IMPL)
-        usual = module.tuning(torch.bfloat16)
-        monkeypatch.setattr(module, "tuning", lambda dtype: replace(usual, token_block=usual.token_block and 1 << 20))
+        usual = module.tuning(torch.bfloat16, torch.device("cuda"))
+        monkeypatch.setattr(module, "tuning", lambda *_: replace(usual, token_block=usual.token_block and 1 << 20))
         ops._plan.cache_clear()
         request.addfinalizer(ops._plan.cache_clear)
     n, v, d = 66_000, 34_000, 16

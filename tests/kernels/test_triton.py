@@ -316,25 +316,6 @@ def test_every_tile_is_visited_once(rows: int, cols: int) -> None:
 
 
 @pytest.mark.parametrize("resident", [1, 2])
-@pytest.mark.parametrize("rows", [1, 130, 2048, 4096, 8192])
-@pytest.mark.parametrize("columns", [1, 128, 1152, 2688, 5376])
-def test_blocks_that_fill_the_multiprocessors(
-    rows: int, columns: int, resident: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
-    shape = config.Tile(128, 128, 64, 8, 4, resident)
-
-    def busy(columns: int) -> float:
-        return launch.busy(-(-rows // 128) * -(-columns // 128), shape, CPU)
-
-    found = launch.filling(rows, columns, shape, CPU)
-    assert 3 / 4 * columns < found <= columns
-    assert busy(found) >= busy(columns)
-    if (rows, columns, resident) == (4096, 2688, 2):
-        assert (found, busy(found)) == (2048, 512 / 528)
-
-
-@pytest.mark.parametrize("resident", [1, 2])
 @pytest.mark.parametrize("row_tiles", [1, 8, 15, 64, 200, 1000])
 @pytest.mark.parametrize("vocab", [1, 129, 32_000, 256_000])
 def test_splits_cover_the_vocabulary_and_the_multiprocessors(

@@ -1,7 +1,7 @@
 """Implementations of the loss, one module each, all with the same four names.
 
     unsupported(device, dtype) -> str | None             None when it can run, else the reason
-    tuning(dtype) -> Tuning                              block sizes it likes, for tiedkl.plan
+    tuning(dtype, device) -> Tuning                      block sizes it likes, for tiedkl.plan
     forward(problem, plan) -> Terms
     backward(problem, plan, g, needs) -> (Terms, Grads)  g (N,) upstream weights
 

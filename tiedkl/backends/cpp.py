@@ -45,7 +45,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return module if isinstance(module, str) else None
 
 
-def tuning(dtype: torch.dtype) -> Tuning:
+def tuning(dtype: torch.dtype, device: torch.device) -> Tuning:
     """Half-precision weights are widened panel by panel, but for bfloat16 where the processor multiplies it."""
     module: Any = extension()
     return NATIVE_BF16 if dtype == torch.bfloat16 and module.build_info()["bf16_products"] else TUNING

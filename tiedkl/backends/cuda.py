@@ -93,7 +93,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return module if isinstance(module, str) else _missing_code(device, module.build_info()["architectures"])
 
 
-def tuning(dtype: torch.dtype) -> Tuning:
+def tuning(dtype: torch.dtype, device: torch.device) -> Tuning:
     """Blocks in units of the accumulation dtype."""
     return FULL if dtype == torch.float32 else HALF
 

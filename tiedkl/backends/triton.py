@@ -71,9 +71,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it runs on a GPU, or in Triton's interpreter under TRITON_INTERPRET=1; got device {device}"
 
 
-def tuning(dtype: torch.dtype) -> Tuning:
-    """Blocks in units of the accumulation dtype."""
-    return {torch.float32: FULL, torch.bfloat16: BFLOAT16}.get(dtype, HALF)
+def tuning(dtype: torch.dtype, device: torch.device) -> Tuning:
+    """Blocks in units of the accumulation dtype, which fill the device."""
+    usual = {torch.float32: FULL, torch.bfloat16: BFLOAT16}.get(dtype, HALF)
+    tile = launch.tiles(launch.architecture(device), dtype.itemsize).gradient
+    return replace(usual, programs=launch.programs(tile, device))
 
 
 def forward(problem: Problem, plan: Plan) -> Terms:
@@ -121,10 +123,6 @@ class _Walk:
         self.inv_t = 1.0 / p.options.temperature
         self.stored = plan.strategy == TOKEN_BLOCKS
         self.step = plan.vocab_block
-        if not self.stored and plan.vocab_block < len(p.w):
-            tile = launch.launch(p.h, "gradient").tile
-            rows = max(1, min(plan.token_block, len(p.y)))
-            self.step = launch.filling(rows, plan.vocab_block, tile, p.h.device)
         self.stride = -(-self.step // ALIGNED) * ALIGNED  # of all blocks of columns
         self.kl = bool(p.options.alpha)
         self.target_grad = g is not None and self.kl and p.options.target_grad and (needs.w if p.t is None else needs.t)

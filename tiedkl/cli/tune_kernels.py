@@ -145,7 +145,7 @@ class Tuner:
         """Of some blocks, each with the similarities of the first."""
         grads, p = self.modules["grads"], self.p
         tile = self.launch.launch(p.h, "gradient").tile
-        b = self.launch.filling(len(p.y), self.plan.vocab_block, tile, p.h.device)
+        b = self.launch.programs(tile, p.h.device).filling(len(p.y), self.plan.vocab_block)
         grad = p.h.new_empty(len(p.y), b)
         kl = p.h.new_zeros(grads.column_tiles(p.h, b), len(p.y), dtype=torch.float32)
         for begin in range(0, min(len(p.w), BLOCKS * b), b):

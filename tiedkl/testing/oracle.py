@@ -184,7 +184,7 @@ def arguments(case: Case, impl: str) -> dict[str, Any]:
     if case.options["workspace_bytes"] != NARROW:
         return case.options
     n, dtype = torch.Size(case.shape).numel(), case.torch_dtype
-    tuning = backends.load(impl).tuning(dtype)
+    tuning = backends.load(impl).tuning(dtype, torch.device("cpu"))  # the scratch of a block is the same everywhere
     shape = Shape(
         tokens=n,
         vocab=case.vocab,

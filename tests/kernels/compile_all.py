@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import triton
-from tiedkl.kernels import config, grads, launch, lstm, products, stats
+from tiedkl.kernels import config, grads, launch, lstm, products, scale, stats
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,7 +26,7 @@ INTEGERS = {"y", "ids", "row_ids", "count", "which", "order", "start"}
 DOUBLES = {"targets", "zys", "selves"}
 OUT_DOUBLES = {"finish_targets_kernel", "target_dots_kernel"}
 FLOATS = {"inv_t", "softcap", "alpha", "smoothing", "z_loss"}
-SIZES = {"N", "V", "D", "capacity", "v0", "M", "K", "share", "n_splits", "width", "H"}
+SIZES = {"n", "N", "V", "D", "capacity", "v0", "M", "K", "share", "n_splits", "width", "H"}
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 NARROW_STORE = re.compile(r"st\.global\.b(?:16|32) ")  # one element, not a vector of them
 
@@ -43,7 +43,7 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
             signature[argument] = "fp32"
         elif argument in SIZES or argument.startswith("stride"):
             signature[argument] = "i32"
-            aligned = argument in ("D", "V", "width") or argument.startswith("stride")
+            aligned = argument in ("n", "D", "V", "width") or argument.startswith("stride")
         else:
             inputs = argument in INPUTS or (argument == "out" and name in OUT_INPUTS)
             inputs &= argument != "h" or not constants["STORED"]
@@ -93,6 +93,7 @@ def others() -> Iterator[tuple[Any, str, config.Tile | None, dict[str, Any]]]:
         tile = config.STORED[4 if dtype == "fp32" else 2].gradient
         for some in GRADIENT_OPTIONS[: 1 if dtype == "fp16" else 4]:
             yield grads.gradient_kernel, dtype, tile, {**size_of(tile), **some}
+        yield scale.scale_kernel, dtype, None, {"BLOCK": scale.BLOCK}
         yield grads.target_gradient_kernel, dtype, None, {"BLOCK_V": grads.ROW_COLUMNS, "TOKENS": grads.ROW_TOKENS}
         for some in options("HAS_ROWS HAS_BIAS SOFTCAP", "HAS_ROWS", "HAS_BIAS SOFTCAP"):
             size_d = {"BLOCK_N": stats.DOT_TILE[0], "BLOCK_D": stats.DOT_TILE[1]}
@@ -166,9 +167,9 @@ def compile_at(architecture: str, index: int) -> str:
     kernel, dtype, tile, constants = next(islice(configurations(architecture), index, None))
     if "FAST" in kernel.arg_names:
         constants.setdefault("FAST", dtype != "fp32")
-    options = (
-        {} if tile is None else launch.compiler_options(tile, whole=constants.get("SOFTCAP", "INNER" in constants))
-    )
+    options = scale.OPTIONS if kernel is scale.scale_kernel else {}
+    if tile is not None:
+        options = launch.compiler_options(tile, whole=constants.get("SOFTCAP", "INNER" in constants))
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     compiled, registers, spills = compile_once(source(kernel, dtype, constants), target, options)
     return json.dumps({

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiedkl import backends, reference
+import tiedkl
+from tiedkl import backends, ops, reference
 from tiedkl.ops import plan_for
 from tiedkl.plan import TOKEN_BLOCKS, VOCAB_BLOCKS
 from tiedkl.problem import Needs, Options, Problem
@@ -28,7 +29,7 @@ if backend.unsupported(CPU, torch.float32):
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from tiedkl.kernels import config, exponential, launch, products, stats, tile  # noqa: E402
+from tiedkl.kernels import config, exponential, launch, products, scale, stats, tile  # noqa: E402
 
 OPTIONS = {
     "default": Options(2.0, 5.0),
@@ -277,6 +278,30 @@ def test_the_target_gradient_of_a_frequent_word_fits_into_float16() -> None:
         assert a is not None
         assert b is not None
         torch.testing.assert_close(a.double(), b, rtol=2**-9, atol=2**-10 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.3, -7.0, 0.0, torch.nan, torch.inf])
+def test_scaling_is_that_of_pytorch(factor: float, dtype: torch.dtype) -> None:
+    x = torch.randn(scale.BLOCK * 20 + 3, generator=torch.Generator().manual_seed(0)).to(dtype)  # some programs loop
+    by = torch.tensor([factor])
+    want = (x.float() * by).to(dtype)
+    assert scale.scale_(x, by) is x
+    # the interpreter does not round to the nearest number of bfloat16, as a GPU does
+    torch.testing.assert_close(x, want, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_large_saved_gradient_is_scaled_by_the_kernel(upstream: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(37, 70, 19, OPTIONS["default"], torch.float32, False)
+    w = p.w.requires_grad_()
+    wanted = torch.autograd.grad(tiedkl.fused_tied_loss(p.h, w, p.y, impl="triton", ignore_index=-1) * upstream, w)[0]
+    calls: list[torch.Size] = []
+    monkeypatch.setattr(ops, "scaled_by_kernel", lambda d: d.numel() > 0)
+    monkeypatch.setattr(scale, "scale_", lambda x, by, plain=scale.scale_: calls.append(x.shape) or plain(x, by))
+    got = torch.autograd.grad(tiedkl.fused_tied_loss(p.h, w, p.y, impl="triton", ignore_index=-1) * upstream, w)[0]
+    assert calls == [w.shape]
+    assert torch.equal(got, wanted)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from ..plan import TOKEN_BLOCKS, Plan, Tuning
 from ..problem import Grads, Needs, Problem, Terms, kept_dtype
 
 try:
-    from ..kernels import grads, launch, products, stats
+    from ..kernels import grads, launch, products, scale, stats
 except ImportError as error:
     MISSING: str | None = f"triton cannot be imported ({error})"
 else:
@@ -88,6 +88,17 @@ def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Ter
     return _walk(problem, plan, g, needs)
 
 
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x, contiguous, times factor (1,) float32, in place."""
+    with _current(x.device):
+        return scale.scale_(x, factor)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whichever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _rows(x: Tensor) -> Tensor:
     """x with the elements of a row side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -102,8 +113,7 @@ def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms
         b=None if p.b is None else p.b.contiguous(),
         t=None if p.t is None else _rows(p.t),
     )
-    device = torch.cuda.device(p.h.device) if p.h.device.type == "cuda" else contextlib.nullcontext()
-    with device:
+    with _current(p.h.device):
         return _Walk(inputs, plan, g, needs).run()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tiedkl.compare import CompareError, Interrupted, budget, compare, runner
+from tiedkl.compare import CompareError, Interrupted, budget, compare, corpus, runner
 from tiedkl.compare import settings as compare_settings
 from tiedkl.compare.budget import LEAST_TOKENS, Speed, fit
 from tiedkl.compare.settings import parse_duration
@@ -203,7 +203,10 @@ def test_little_of_a_long_text_is_trained_like_a_short_one(toy: Any, monkeypatch
         monkeypatch.setattr(module, "SMALL", 1400)  # the text has some more
     fixed_speed(monkeypatch, 4.0, 1e-4)  # an epoch is 4 steps; 22 s * 0.7 buy 3
     settings = toy(budget="30s", batch=None, epochs=None)
+    reads, read_units = [], corpus.read_units
+    monkeypatch.setattr(corpus, "read_units", lambda data: reads.append(data) or read_units(data))
     report = compare(settings)
+    assert len(reads) == 1, "a long text takes a while"
     assert report["plan"]["batch"] == report["config"]["batch"] == 10
     assert report["corpus"]["tokens"]["train"] == report["config"]["max_tokens"] < 1400
     assert numbers(compare(settings)) == numbers(report)

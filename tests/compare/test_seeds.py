@@ -77,7 +77,7 @@ def test_test_losses_are_those_of_each_token_in_order(toy: Any, tmp_path: Path) 
     assert losses.shape == (report["corpus"]["tokens"]["test"],)
     assert float(losses.double().mean().exp()) == pytest.approx(report["variants"]["real"]["test_ppl"], rel=1e-6)
     settings = toy(epochs=1)
-    text = runner._load(settings, None)
+    text = runner._read(settings)(None)
     data = runner.Data.of(text, 4, torch.device("cpu"))
     config = settings.resolved(len(text.train))
     trainer = runner.Trainer(runner.ordered(("real",))[0], config, data, torch.device("cpu"))
@@ -134,7 +134,7 @@ def test_inference_and_cost(toy: Any, model: str) -> None:
 
 def test_generation_feeds_back_what_it_predicts(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = toy(epochs=1)
-    text = runner._load(settings, None)
+    text = runner._read(settings)(None)
     data = runner.Data.of(text, 4, torch.device("cpu"))
     config = settings.resolved(len(text.train))
     trainer = runner.Trainer(runner.ordered(("real",))[0], config, data, torch.device("cpu"))

@@ -78,18 +78,26 @@ def load(
     max_tokens: int | None = None,
     tokenizer: str | None = None,
 ) -> Corpus:
-    """The corpus at `data`: a directory, a file, or None for Python's help texts.
+    """`read`, and shorten at once."""
+    return read(data, vocab_size=vocab_size, min_count=min_count, tokenizer=tokenizer)(max_tokens)
+
+
+def read(
+    data: str | None, *, vocab_size: int = 10_000, min_count: int | None = None, tokenizer: str | None = None
+) -> Callable[[int | None], Corpus]:
+    """What gives the corpus at `data`, a directory, a file, or None for Python's help texts, as long as one wants it.
 
     vocab_size counts `<unk>` and `<eos>`; words seen less than `min_count` times in training become `<unk>`. Its
     default is 2, and 1 where the training text has `<unk>` in it, since somebody has chosen the vocabulary then. Both
-    are unused with `tokenizer`, the path of a tokenizer.json. `max_tokens` shortens the training split to so many
-    tokens and the others to a tenth of it; the vocabulary is that of the whole training split all the same, since it
-    decides what temperature and gamma mean. Raises CompareError with the reason.
+    are unused with `tokenizer`, the path of a tokenizer.json. The result takes `max_tokens`: the training split is
+    shortened to so many tokens and the others to a tenth of it, None shortens nothing; the vocabulary is that of the
+    whole training split all the same, since it decides what temperature and gamma mean. Both raise CompareError with
+    the reason.
     """
     name, units = read_units(data)
     split = BLOCK_SPLIT if isinstance(units, list) else "the files of the directory"
 
-    def shorten(texts: dict[str, list[T]]) -> dict[str, list[T]]:
+    def shorten(texts: dict[str, list[T]], max_tokens: int | None) -> dict[str, list[T]]:
         if max_tokens is not None:
             texts = {k: v[: max_tokens if k == "train" else max(1, max_tokens // 10)] for k, v in texts.items()}
         for k, v in texts.items():
@@ -100,27 +108,36 @@ def load(
     if tokenizer is not None:
         tool = Tokenizer(tokenizer)
         encoded = split_units(units, tool.encode)
-        whole = len(encoded["train"])
-        ids = shorten(encoded)
-        known = tool.facts(units, encoded.values(), ids["train"])
-        oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
-        train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
-        return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known, whole=whole)
+        ratio = tool.tokens_per_word(units, encoded.values())
+
+        def of_subwords(max_tokens: int | None) -> Corpus:
+            ids = shorten(encoded, max_tokens)
+            known = tool.facts(ratio, ids["train"])
+            oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
+            train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
+            whole = len(encoded["train"])
+            return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known, whole=whole)
+
+        return of_subwords
 
     texts = split_units(units, lambda u: list(_tokens(u)) if isinstance(units, list) else _lines(u))
     if min_count is None:
         min_count = 1 if UNK in texts["train"] else 2
     words = build_vocabulary(texts["train"], vocab_size, min_count)
     distinct = len(set(texts["train"]) | {UNK, EOS})
-    whole = len(texts["train"])
-    texts = shorten(texts)
     index = {word: i for i, word in enumerate(words)}
-    train, valid, test = (torch.tensor([index.get(w, 0) for w in texts[k]], dtype=torch.int64) for k in SPLITS)
-    oov = {k: sum(w == UNK or w not in index for w in v) / len(v) for k, v in texts.items()}
-    unknown = Counter(w for k in ("valid", "test") for w in texts[k] if w not in index).most_common(N_UNKNOWN)
     kind = f"words of the training text, {LOWERED if isinstance(units, list) else TOKENISED}"
-    known = {"kind": kind, "distinct_training_words": distinct, "coverage": {k: 1.0 - v for k, v in oov.items()}}
-    return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known, whole=whole)
+
+    def of_words(max_tokens: int | None) -> Corpus:
+        short = shorten(texts, max_tokens)
+        train, valid, test = (torch.tensor([index.get(w, 0) for w in short[k]], dtype=torch.int64) for k in SPLITS)
+        oov = {k: sum(w == UNK or w not in index for w in v) / len(v) for k, v in short.items()}
+        unknown = Counter(w for k in ("valid", "test") for w in short[k] if w not in index).most_common(N_UNKNOWN)
+        known = {"kind": kind, "distinct_training_words": distinct, "coverage": {k: 1.0 - v for k, v in oov.items()}}
+        whole = len(texts["train"])
+        return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known, whole=whole)
+
+    return of_words
 
 
 def read_units(data: str | None) -> tuple[str, list[str] | dict[str, list[str]]]:

@@ -79,7 +79,8 @@ def pick_device(name: str) -> torch.device:
 
 def _compare(settings: Settings, device: torch.device, should_stop: Callable[[], bool]) -> dict[str, Any]:
     began = time.monotonic()
-    text = _load(settings, settings.max_tokens)
+    shortened = _read(settings)
+    text = shortened(settings.max_tokens)
     facts = text.facts()
     config = settings.resolved(facts["tokens"]["train"]) | {"threads": torch.get_num_threads()}
     check_length(facts["tokens"], config["batch"], config["bptt"])
@@ -93,10 +94,10 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
             config["budget"] = kept["budget"]
         try:
             if config["budget"] is not None:
-                plan = plan or _plan(settings, text, config, device, began)
+                plan = plan or _plan(settings, shortened, text, config, device, began)
                 config |= {k: plan[k] for k in PLANNED if plan.get(k) is not None}
                 if plan["max_tokens"] is not None:
-                    text = _load(settings, plan["max_tokens"])
+                    text = shortened(plan["max_tokens"])
                     facts = text.facts()
             data = Data.of(text, config["batch"], device)
             trainers = [Trainer(v, config, data, device) for v in variants]
@@ -135,21 +136,23 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         return runs.report(settings, facts, plan)
 
 
-def _load(settings: Settings, max_tokens: int | None) -> corpora.Corpus:
-    return corpora.load(
-        settings.data,
-        vocab_size=settings.vocab_size,
-        min_count=settings.min_count,
-        max_tokens=max_tokens,
-        tokenizer=settings.tokenizer,
+def _read(settings: Settings) -> Callable[[int | None], corpora.Corpus]:
+    return corpora.read(
+        settings.data, vocab_size=settings.vocab_size, min_count=settings.min_count, tokenizer=settings.tokenizer
     )
 
 
 def _plan(
-    settings: Settings, text: corpora.Corpus, config: dict[str, Any], device: torch.device, began: float
+    settings: Settings,
+    shortened: Callable[[int | None], corpora.Corpus],
+    text: corpora.Corpus,
+    config: dict[str, Any],
+    device: torch.device,
+    began: float,
 ) -> dict[str, Any]:
     """What fits into the budget, less the time since `began`: the plan of `fit`, and the batch.
 
+    shortened: gives `text` as long as one wants it (`corpus.read`).
     A long text of which little is left gets the batch and the number of epochs of a short one.
     """
     data, budget = Data.of(text, config["batch"], device), parse_duration(str(settings.budget))
@@ -168,7 +171,7 @@ def _plan(
     longest = SMALL - 1
     short = settings.resolved(longest) | {"threads": config["threads"]}
     if (plan["max_tokens"] or tokens["train"]) <= longest < tokens["train"] and short != config:
-        plan = _plan(settings, _load(settings, longest), short, device, began)
+        plan = _plan(settings, shortened, shortened(longest), short, device, began)
         plan["max_tokens"] = plan["max_tokens"] or longest
     return plan
 

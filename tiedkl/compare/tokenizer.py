@@ -53,18 +53,16 @@ class Tokenizer:
             found += [*encoding.ids, self.eos]
         return found
 
-    def facts(
-        self, units: list[str] | dict[str, list[str]], ids: Iterable[list[int]], train: list[int]
-    ) -> dict[str, Any]:
-        """For the report: tokens a word of the whole text, words being what white space divides; vocabulary in use.
-
-        ids: those of `units`, split by split; train: those that are trained on.
-        """
+    def tokens_per_word(self, units: list[str] | dict[str, list[str]], ids: Iterable[list[int]]) -> float:
+        """Of `units`, whose ids are `ids`, split by split; words are what white space divides."""
         texts = units if isinstance(units, list) else [u for part in units.values() for u in part]
         n_words = sum(len(u.split()) for u in texts)
-        n_ids = sum(len(part) - part.count(self.eos) for part in ids)
+        return sum(len(part) - part.count(self.eos) for part in ids) / max(1, n_words)
+
+    def facts(self, tokens_per_word: float, train: list[int]) -> dict[str, Any]:
+        """For the report; train: the ids that are trained on."""
         return {
             "kind": f"tokenizer {self.name}",
-            "tokens_per_word": n_ids / max(1, n_words),
+            "tokens_per_word": tokens_per_word,
             "share_of_vocabulary_seen_in_training": len(set(train)) / len(self.tokens),
         }

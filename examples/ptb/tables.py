@@ -20,7 +20,7 @@ from page import as_file, markdown, source
 from run import read
 
 from tiedkl.compare import plots
-from tiedkl.compare.evidence import Run, adjust, against, finished, kl_share, mean_curves, perplexity_interval, surest
+from tiedkl.compare.evidence import Run, adjust, against, finished, kl_share, mean_curves, perplexity_interval, widest
 from tiedkl.compare.plots import COLOURS
 from tiedkl.compare.settings import VARIANTS
 from tiedkl.compare.tables import number, span
@@ -125,7 +125,7 @@ def in_words(change: dict[str, Any] | None, runs: list[Run]) -> str:
     """The change of `runs` in per cent with its interval; * where it is sure, and how many seeds have a pair."""
     if change is None:
         return "-"
-    sure, pairs, n_seeds = surest(change), len(change["seeds"]), sum(run.done for run in runs)
+    sure, pairs, n_seeds = widest(change), len(change["seeds"]), sum(run.done for run in runs)
     star = "*" if pairs > 1 and sure["p_holm"] < LEVEL else ""
     of = "" if pairs == n_seeds else f", {pairs} of {n_seeds} seeds"
     return f"{number(change['percent'], '+.1f', '%')}{star} ({span(sure['percent'], '+.1f')}{of})"

@@ -107,11 +107,11 @@ def test_blocks_grow_where_a_text_stays_with_a_subject() -> None:
     assert sum(length < 100 for length in lengths) >= 17, "independent tokens need no longer blocks"
 
 
-def test_the_reach_of_dependence_is_that_of_the_formula() -> None:
+def test_the_automatic_block_length_is_that_of_the_formula() -> None:
     """Politis and White's optimum for an autoregression of order 1 whose coefficient is known: rho / (1 - rho^2)."""
     rho, n = 0.5, 4000
     generator = torch.Generator().manual_seed(7)
-    found = [st.reach_of_dependence(filtered(powers(rho, 40), n, generator)) for _ in range(20)]
+    found = [st.automatic_block_length(filtered(powers(rho, 40), n, generator)) for _ in range(20)]
     slope, spectrum = 2 * rho / (1 - rho) ** 2, (1 + rho) / (1 - rho)  # sums of |k| rho^|k| and rho^|k|
     wanted = (2 * slope**2 / (4 / 3 * spectrum**2)) ** (1 / 3) * n ** (1 / 3)
     assert sorted(found)[10] == pytest.approx(wanted, rel=0.2)
@@ -119,7 +119,7 @@ def test_the_reach_of_dependence_is_that_of_the_formula() -> None:
 
 @pytest.mark.parametrize("values", [[], [1.0], [0.0] * 50, [2.0] * 500])
 def test_no_dependence_is_found_where_there_is_nothing_to_see(values: list[float]) -> None:
-    assert st.reach_of_dependence(torch.tensor(values)) == 1.0
+    assert st.automatic_block_length(torch.tensor(values)) == 1.0
 
 
 def test_blocks_of_losses_hold_the_mean_and_what_a_bootstrap_needs() -> None:
@@ -168,7 +168,7 @@ def test_the_interval_over_seeds_and_text_covers_the_truth(n_seeds: int, ratio: 
         mean, error = float(values.mean() + z[-1]), float(values.std() / math.sqrt(n_seeds))
         seeds = st.Interval(mean, 0, 0, 0, error, n_seeds - 1)
         text = st.Interval(mean, 0, 0, 0, 1.0, st.MAX_DF)
-        missed += abs(mean) > st.reach_of_both(seeds, text)
+        missed += abs(mean) > st.margin_of_error(seeds, text)
     assert 0.015 < missed / draws < 0.065
     both = st.over_both(seeds, text)
     share = error**2 / (error**2 + 1)

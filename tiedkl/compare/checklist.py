@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .command import compare_command, tune_command, tuned_compare_command
-from .evidence import surest
+from .evidence import widest
 from .memory import EAGER_MATRICES
 from .settings import Settings, of_variant
 from .tables import number, span
@@ -40,7 +40,7 @@ def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings) -> dic
     n = len(evidence["seeds"])
     seen = [
         f"{v['label']} changed test perplexity by {number(evidence['percent'], '+.1f', '%')} "
-        f"(95% interval {span(surest(evidence)['percent'], '+.1f', '%')}, {n} seed{'' if n == 1 else 's'}).",
+        f"(95% interval {span(widest(evidence)['percent'], '+.1f', '%')}, {n} seed{'' if n == 1 else 's'}).",
         f"Parameters {v['change']['parameters']:+.0f}%; training speed {_speed(report, v)}.",
         f"Vocabulary {report['corpus']['vocabulary']:,}; {100 * report['corpus']['oov_rate']['test']:.1f}% of the test "
         "tokens are unknown to it.",

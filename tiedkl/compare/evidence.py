@@ -93,7 +93,7 @@ def against(baseline: list[Run], variant: list[Run], *, means: bool = False) -> 
     }
 
 
-def surest(evidence: dict[str, Any]) -> dict[str, Any]:
+def widest(evidence: dict[str, Any]) -> dict[str, Any]:
     """The interval of `against` that covers most: seeds and text where there are seeds, else the text alone."""
     found: dict[str, Any] = evidence["over_both"] or evidence["over_text"]
     return found
@@ -112,12 +112,12 @@ def _entry(interval: Interval) -> dict[str, Any]:
 def adjust(changes: dict[str, dict[str, Any] | None]) -> None:
     """Replace each `p_holm` by Holm's, over the variants that were compared with the baseline.
 
-    Those of one kind of interval are a family, and last the `surest` of every variant, whatever their numbers of seeds.
+    Those of one kind of interval are a family, and last the `widest` of every variant, whatever their numbers of seeds.
     """
     found = {name: change for name, change in changes.items() if change is not None}
     kinds = ("over_text", "over_seeds", "over_both")
     families = [{name: c[kind] for name, c in found.items() if c[kind] is not None} for kind in kinds]
-    for entries in (*families, {name: surest(c) for name, c in found.items()}):
+    for entries in (*families, {name: widest(c) for name, c in found.items()}):
         for name, p in holm({name: entry["p"] for name, entry in entries.items()}).items():
             entries[name]["p_holm"] = p
 

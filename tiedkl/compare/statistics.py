@@ -74,9 +74,9 @@ def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
 
 def student(mean: float, error: float, df: int) -> Interval:
     """The interval of an estimate whose standard error has `df` degrees of freedom."""
-    reach = t_quantile(df) * error
+    margin = t_quantile(df) * error
     p = two_sided_p(mean / error, df) if error else float(mean == 0)
-    return Interval(mean, mean - reach, mean + reach, p, error, df)
+    return Interval(mean, mean - margin, mean + margin, p, error, df)
 
 
 def over_seeds(values: Sequence[float]) -> Interval | None:
@@ -99,8 +99,8 @@ def block_means(values: Tensor) -> Tensor:
     return torch.stack([part.mean() for part in values.double().tensor_split(len(values) // block_length(len(values)))])
 
 
-def reach_of_dependence(values: Tensor) -> float:
-    """How many neighbours of values (n,) a block of the circular bootstrap should hold, 1 or more, n / 10 at most.
+def automatic_block_length(values: Tensor) -> float:
+    """Of the circular bootstrap of the mean of values (n,): 1 or more, n / 10 at most.
 
     Source: Politis and White (2004), "Automatic block-length selection for the dependent bootstrap", with the
     correction of Patton, Politis and White (2009). Correlations below twice their standard error count as none.
@@ -111,8 +111,8 @@ def reach_of_dependence(values: Tensor) -> float:
     if n <= most + QUIET_LAGS or not bool(x.any()):
         return 1.0
     covariance = torch.stack([x[k:] @ x[: n - k] for k in range(most + QUIET_LAGS + 1)]) / n
-    loud = (covariance / covariance[0]).abs() >= 2 * math.sqrt(math.log10(n) / n)
-    last = next((m for m in range(most) if not loud[m + 1 : m + 1 + QUIET_LAGS].any()), most)
+    significant = (covariance / covariance[0]).abs() >= 2 * math.sqrt(math.log10(n) / n)
+    last = next((m for m in range(most) if not significant[m + 1 : m + 1 + QUIET_LAGS].any()), most)
     if not last:
         return 1.0
     lags = torch.arange(1, min(2 * last, most) + 1, dtype=torch.float64)
@@ -134,8 +134,8 @@ def length_of_blocks(differences: Tensor, *, means: bool = False) -> int:
     little to be seen; in means over blocks it is.
     """
     if means:
-        return round(reach_of_dependence(differences))
-    return round(block_length(len(differences)) * reach_of_dependence(block_means(differences)))
+        return round(automatic_block_length(differences))
+    return round(block_length(len(differences)) * automatic_block_length(block_means(differences)))
 
 
 def over_text(differences: Tensor, *, length: int | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -158,12 +158,12 @@ def over_text(differences: Tensor, *, length: int | None = None, resamples: int 
     mean = float(d.mean())
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    stray = int(((means - mean).abs() >= abs(mean)).sum())
-    p = (1 + stray) / (1 + resamples)
+    exceedances = int(((means - mean).abs() >= abs(mean)).sum())
+    p = (1 + exceedances) / (1 + resamples)
     return Interval(mean, 2 * mean - high, 2 * mean - low, p, float(means.std()), max(1, n_blocks - 1))
 
 
-def reach_of_both(seeds: Interval, text: Interval, confidence: float = CONFIDENCE) -> float:
+def margin_of_error(seeds: Interval, text: Interval, confidence: float = CONFIDENCE) -> float:
     """Half the width of the interval for another seed and another text of the same kind at once; 0 without any error.
 
     The two variances add, each with its own degrees of freedom. Student's t is the mean of the two quantiles, weighted
@@ -177,15 +177,15 @@ def reach_of_both(seeds: Interval, text: Interval, confidence: float = CONFIDENC
 
 
 def over_both(seeds: Interval, text: Interval) -> Interval:
-    """The interval for another seed and another text of the same kind at once (`reach_of_both`)."""
-    error, reach = math.hypot(seeds.error, text.error), reach_of_both(seeds, text)
+    """The interval for another seed and another text of the same kind at once (`margin_of_error`)."""
+    error, margin = math.hypot(seeds.error, text.error), margin_of_error(seeds, text)
     if not error:
         return Interval(text.mean, text.mean, text.mean, float(text.mean == 0), 0.0, 0)
     low, high = 0.0, 1.0 - SMALLEST_P  # the confidence at which the interval ends at 0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if reach_of_both(seeds, text, middle) < abs(text.mean) else (low, middle)
-    return Interval(text.mean, text.mean - reach, text.mean + reach, 1.0 - low, error, 0)
+        low, high = (middle, high) if margin_of_error(seeds, text, middle) < abs(text.mean) else (low, middle)
+    return Interval(text.mean, text.mean - margin, text.mean + margin, 1.0 - low, error, 0)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .evidence import surest
+from .evidence import widest
 from .per_variant import settings_table
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def quality(report: dict[str, Any]) -> Table:
         if v["status"] == "not started":
             rows.append((_label(v), *["-"] * (len(columns) - 1)))
             continue
-        sure = v["evidence"] and surest(v["evidence"])
+        sure = v["evidence"] and widest(v["evidence"])
         rows.append(
             (
                 _label(v),

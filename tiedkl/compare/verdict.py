@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .evidence import surest
+from .evidence import widest
 from .settings import VARIANTS
 from .tables import number, span
 
@@ -31,7 +31,7 @@ def decide(evidence: dict[str, Any], *, diverged: bool = False) -> str:
     """
     if diverged:
         return "undecided"
-    change, sure = evidence["percent"], surest(evidence)
+    change, sure = evidence["percent"], widest(evidence)
     low, high = sure["percent"]
     differs = abs(change) >= MARGIN and (high < 0 or low > 0) and sure["p_holm"] < LEVEL
     equal = abs(change) < MARGIN and low > -MARGIN and high < MARGIN
@@ -214,7 +214,7 @@ def _strength(variants: dict[str, Any]) -> list[str]:
 
 def _briefly(v: dict[str, Any], outcome: str) -> str:
     """A variant's change against the baseline with its interval, and what is proven."""
-    change, interval = number(v["evidence"]["percent"], "+.1f", "%"), span(surest(v["evidence"])["percent"], "+.1f")
+    change, interval = number(v["evidence"]["percent"], "+.1f", "%"), span(widest(v["evidence"])["percent"], "+.1f")
     return f"{v['label']} {change} ({interval}; {IN_WORDS[outcome]})"
 
 
@@ -223,7 +223,7 @@ def _answer(v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]]) -
 
     lost: the runs of the variant and of the baseline that diverged.
     """
-    evidence, label, sure = v["evidence"], v["label"], surest(v["evidence"])
+    evidence, label, sure = v["evidence"], v["label"], widest(v["evidence"])
     n_seeds, change, (low, high) = len(evidence["seeds"]), evidence["percent"], sure["percent"]
     new, old = evidence["test_ppl"]
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "for another text of this kind"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compare.command import OUT, compare_command, config, options, search_of_all
-from ..compare.evidence import surest
+from ..compare.evidence import widest
 from ..compare.markdown import rows as markdown_rows
 from ..compare.settings import LOSS_OPTIONS, OWN, VARIANTS, Settings
 from ..compare.statistics import perplexity
@@ -120,7 +120,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if check["diverged"]:
         where = ", ".join(f"with the {d['settings']} settings and seed {d['seed']}" for d in check["diverged"])
         return [first, f"It does not hold with {n} other seed{'' if n == 1 else 's'}: training diverged {where}."]
-    low, high = surest(test)["percent"]
+    low, high = widest(test)["percent"]
     better = sum(row["best"] < row["defaults"] for row in check["valid_ppl"])
     holds = "It holds" if high < 0 else "It does not hold" if low > 0 else "It is not proven"
     return [

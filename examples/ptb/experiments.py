@@ -74,7 +74,6 @@ class Run:
     help_texts: bool = False  # Python's own, the default text of `tiedkl compare`, whatever --data says
     loss: dict[str, Any] = field(default_factory=dict)
     initial_range: float | None = None  # of an LSTM's weights; None: as `tiedkl compare`
-    embedding_range: float | None = None  # of its embedding; None: as the others
 
     @property
     def name(self) -> str:
@@ -154,20 +153,22 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
 
 def _wide() -> Iterator[Run]:
     """As `sixteenth`, each variant from the embedding, of +-0.1, +-0.3 and +-1, that is best for it on validation."""
-    untied, tied = {"embedding_range": 1.0}, {"embedding_range": 0.3}
-    stronger = SIXTEENTH | {"gamma": 4.0}
+    tied, untied = 0.3, 1.0
 
-    def run(label: str, variant: str, seed: int, of_run: dict[str, Any], settings: dict[str, Any] = SIXTEENTH) -> Run:
-        return Run("wide", label, variant, seed, settings, fraction=1 / 16, **of_run)
+    def run(
+        label: str, variant: str, seed: int, embedding: float, loss: dict[str, Any] | None = None, **settings: Any
+    ) -> Run:
+        settings = SIXTEENTH | settings | {"embedding_range": embedding}
+        return Run("wide", label, variant, seed, settings, fraction=1 / 16, loss=loss or {})
 
     for seed in SEEDS:
         for name, variant in VARIANTS.items():
             yield run(name, name, seed, tied if variant.tied else untied)
-        yield run("al,gamma=4", "al", seed, untied, stronger)
-        yield run("target_grad,gamma=4", "real", seed, tied | {"loss": TARGET_GRAD}, stronger)
+        yield run("al,gamma=4", "al", seed, untied, gamma=4.0)
+        yield run("target_grad,gamma=4", "real", seed, tied, TARGET_GRAD, gamma=4.0)
     for name, variant in VARIANTS.items():
         other = untied if variant.tied else tied
-        label = f"embedding={other['embedding_range']:g}"
+        label = f"embedding={other:g}"
         yield run(label if name == "real" else f"{name},{label}", name, 1, other)
 
 

@@ -57,9 +57,8 @@ def text_of(run: Run, args: argparse.Namespace) -> Corpus:
 def settings_of(run: Run, text: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Every setting of a run."""
     settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
-    for name in ("initial_range", "embedding_range"):
-        if getattr(run, name) is not None:
-            settings[name] = getattr(run, name)
+    if run.initial_range is not None:
+        settings |= dict.fromkeys(("initial_range", "embedding_range"), run.initial_range)
     if args.tf32:
         settings["tf32"] = True
     return settings | ({"epochs": 1, "hidden": 16, "batch": 4, "bptt": 8} if args.smoke else {})

@@ -20,7 +20,7 @@ from tiedkl import cli
 from tiedkl.cli import compare as cli_compare
 from tiedkl.cli import tune as cli_tune
 from tiedkl.compare import Settings, corpus
-from tiedkl.compare.settings import load_config, load_loss_options
+from tiedkl.compare.settings import CompareError, load_config, load_loss_options
 from tiedkl.compare.training import Diverged
 from tiedkl.tune import search, tune, worker
 
@@ -101,6 +101,19 @@ def test_the_sampler_keeps_away_from_where_training_diverges(
     found = tune(toy(trials=40, pruner="none", search="lr=0.001:100"))
     late = [t["state"] == "diverged" for t in found["trials"][20:]]
     assert sum(late) <= 10, "with trials that the sampler overlooks it is 18"
+
+
+def test_the_embedding_is_searched_on_request(toy: Any, trainings: Trainings, tmp_path: Path) -> None:
+    found = tune(toy(trials=3, search="lr=0.001:4,embedding_range"))
+    assert found["search"]["embedding_range"] == [0.05, 2.0]
+    first, *others = [t["params"]["embedding_range"] for t in found["trials"]]
+    assert first == 0.1
+    assert all(0.05 <= value <= 2.0 for value in others)
+    best = found["trials"][found["trial"]]["params"]["embedding_range"]
+    assert Settings(**load_config(tmp_path / "out" / "best.json")).embedding_range == best
+    assert "embedding_range" not in tune(toy(trials=1, search=None, lr=1.0, out=str(tmp_path / "b")))["search"]
+    with pytest.raises(CompareError, match="search embedding_range: expected some of gamma, temperature, lr, dropout,"):
+        toy(model="transformer", search="embedding_range")
 
 
 def test_commands_are_of_the_same_text_and_search(toy: Any, trainings: Trainings, tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ from .test_budget import fixed_speed
 OTHER: dict[str, Any] = {
     "data": "my texts/it's.txt", "out": "-odd out", "model": "transformer", "variants": ("real", "baseline"),
     "epochs": 3, "hidden": 64, "layers": 1, "batch": 5, "bptt": 20, "lr": 0.002, "lr_decay": 0.7, "decay_after": 2,
-    "clip": 0.25, "dropout": 0.1, "temperature": 12.5, "gamma": 0.3, "tied_bias": False, "impl": "reference",
-    "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m", "price_per_hour": 2.5,
+    "clip": 0.25, "dropout": 0.1, "embedding_range": 0.4, "temperature": 12.5, "gamma": 0.3, "tied_bias": False,
+    "impl": "reference", "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m", "price_per_hour": 2.5,
     "tokenizer": "my tokenizer.json", "tuned_for": "real", "vocab_size": 500, "min_count": 3, "max_tokens": 9000,
     "checkpoint_every": 5.0, "quiet": True, "fresh": True, "overrides": {"real": {"lr": 0.001, "gamma": 0.2}},
 }  # fmt: skip
 EACH = [{name: value} for name, value in OTHER.items()]
+# all at once, but that a Transformer has no such range
+MOST = [{name: value for name, value in OTHER.items() if name != without} for without in ("model", "embedding_range")]
 
 
 def parsed(line: str) -> argparse.Namespace:
@@ -58,7 +60,7 @@ def test_other_values_cover_every_setting() -> None:
     assert all(OTHER[field.name] != field.default for field in fields(Settings))
 
 
-@pytest.mark.parametrize("values", [{}, OTHER, *EACH], ids=lambda v: "-".join(v) if len(v) < 2 else "all")
+@pytest.mark.parametrize("values", [{}, *MOST, *EACH], ids=lambda v: "-".join(v) if len(v) < 2 else "all")
 def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     """Each setting alone and all at once, through the parsers of the commands."""
     settings = Settings(**values)
@@ -66,7 +68,10 @@ def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     assert compared(compare_command(settings, seeds=3)) == replace(settings, fresh=False, seeds=3)
 
     line = tuned_compare_command(settings, hidden=650)
-    searched = {"lr": None, "dropout": 0.3, "temperature": 20.0, "gamma": 0.5, "tuned_for": None, "overrides": None}
+    searched = {
+        "lr": None, "dropout": 0.3, "embedding_range": 0.1, "temperature": 20.0, "gamma": 0.5, "tuned_for": None,
+        "overrides": None,
+    }  # fmt: skip
     assert parsed(line).config == [f"{v}=tune-{v}/best.json" for v in settings.variants]
     assert not set(searched) & set(getattr(parsed(line), "given", ()))  # they come from --config
     assert compared(line) == replace(settings, fresh=False, hidden=650, **searched)

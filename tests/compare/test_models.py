@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiedkl.compare import VARIANTS, Settings
+from tiedkl.compare import VARIANTS, CompareError, Settings
 from tiedkl.compare.lstm import VariationalLSTM
 from tiedkl.compare.models import LanguageModel, VariantLoss
 from tiedkl.compare.transformer import Transformer, head_count
@@ -178,3 +178,17 @@ def test_loss_of_each_variant(name: str) -> None:
             torch.testing.assert_close(grad, want)
     plain = VariantLoss(variant, s).cross_entropy(model, hidden, target)
     assert float(plain.detach()) == pytest.approx(float(ce.detach()), rel=1e-9)
+
+
+def test_the_embedding_has_a_range_of_its_own() -> None:
+    """The same draws, further out; where it is the output matrix too, that is."""
+    for tied in (False, True):
+        near = LanguageModel(N_VOCAB, settings(), tied=tied)
+        far = LanguageModel(N_VOCAB, settings(embedding_range=1.0), tied=tied)
+        torch.testing.assert_close(far.embedding.weight, 10 * near.embedding.weight)
+        for (name, a), b in zip(far.body.named_parameters(), near.body.parameters(), strict=True):
+            assert torch.equal(a, b), name
+        if not tied:
+            assert torch.equal(far.weight, near.weight)
+    with pytest.raises(CompareError, match="only an lstm has it"):
+        settings(model="transformer", embedding_range=1.0)

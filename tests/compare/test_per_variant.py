@@ -59,7 +59,10 @@ def test_files_that_cannot_go_together(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         ({"al": {"lr": 1.0}}, "settings for variant al, which is not one of baseline,real"),
-        ({"real": {"hidden": 8}}, "variant real: hidden: only lr, dropout, temperature, gamma may differ"),
+        (
+            {"real": {"hidden": 8}},
+            "variant real: hidden: only lr, dropout, embedding_range, temperature, gamma may differ",
+        ),
         ({"real": {"lr": -1.0}}, "variant real: lr=-1.0"),
         ({"real": {"lr": "fast"}}, "variant real: a setting has the wrong type"),
         ({"real": 3}, "expected an object of settings for each variant"),

@@ -47,6 +47,18 @@ def test_files_of_others_are_refused(toy: Any, tmp_path: Path, name: str, conten
     assert {f.name for f in file.parent.iterdir()} == {name, LOCK}
 
 
+def test_a_comparison_of_an_earlier_version_goes_on(toy: Any, tmp_path: Path) -> None:
+    """It had the embedding start like all weights, and no setting for that."""
+    report = compare(toy(epochs=1))
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("embedding_range") == 0.1
+    file.write_text(json.dumps(config))
+    assert numbers(compare(toy(epochs=1))) == numbers(report)
+    with pytest.raises(CompareError, match=r"embedding_range=0\.1, now 0\.3"):
+        compare(toy(epochs=1, embedding_range=0.3))
+
+
 def test_damaged_files_are_named(toy: Any, tmp_path: Path) -> None:
     compare(toy(epochs=1, variants=("re",)))
     (tmp_path / "out" / "re.pt").write_bytes(b"damaged")

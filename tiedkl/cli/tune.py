@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 from ..compare.settings import MODELS, VARIANTS, CompareError
-from ..tune.settings import PRUNERS, RANGES, TRANSFORMER_LR, TuneSettings
+from ..tune.settings import ON_REQUEST, PRUNERS, RANGES, TRANSFORMER_LR, TuneSettings
 from .compare import BAD_INPUT, DATA, INTERRUPTED, add_option, ctrl_c
 
 
 def _searched() -> str:
     """The ranges of a search, in words."""
-    ranges = ", ".join(f"{name}={low:g}:{high:g}" for name, (low, high, _) in RANGES.items())
+    ranges = ", ".join(f"{name}={low:g}:{high:g}" for name, (low, high, _) in RANGES.items() if name not in ON_REQUEST)
     low, high, _ = TRANSFORMER_LR
-    return f"{ranges}; lr={low:g}:{high:g} for transformer"
+    more = ", ".join(f"{name}={RANGES[name].low:g}:{RANGES[name].high:g}" for name in ON_REQUEST)
+    return f"{ranges}; lr={low:g}:{high:g} for transformer; not {more}, for lstm"
 
 
 OPTIONS = (
@@ -36,6 +37,7 @@ OPTIONS = (
     ("--bptt", "time steps of back-propagation", int, "N", None),
     ("--lr", "default learning rate", float, "X", "1 for lstm, 0.001 for transformer"),
     ("--dropout", "default dropout", float, "P", None),
+    ("--embedding-range", "default initial range of an LSTM's embedding", float, "X", None),
     ("--temperature", "default temperature", float, "X", None),
     ("--gamma", "default gamma", float, "X", None),
     ("--impl", "backend of the loss", str, "NAME", None),

@@ -21,10 +21,8 @@ import tiedkl
 
 from ..plan import Plan
 from .lstm import State, VariationalLSTM
-from .settings import Variant
+from .settings import INITIAL_RANGE, Variant
 from .transformer import Transformer
-
-INITIAL_RANGE = 0.1  # of an LSTM of 200 units in Zaremba et al. (2014)
 
 
 class LanguageModel(nn.Module):
@@ -41,9 +39,8 @@ class LanguageModel(nn.Module):
         )
         self.output = None if tied else nn.Linear(width, n_vocab, bias=False)
         self.bias = nn.Parameter(torch.zeros(n_vocab)) if settings["tied_bias"] or not tied else None
-        everywhere = settings.get("initial_range", INITIAL_RANGE)
-        embedding = settings.get("embedding_range", everywhere)
-        self._initialise(settings["seed"], settings["model"], (embedding, everywhere, everywhere))
+        others = settings.get("initial_range", INITIAL_RANGE)
+        self._initialise(settings["seed"], settings["model"], (settings["embedding_range"], others, others))
 
     def _initialise(self, seed: int, kind: str, ranges: tuple[float, float, float]) -> None:
         """Draw every parameter from its own stream, so that what two variants share starts equal.

@@ -37,6 +37,7 @@ SPEED_HINTS = {
 OWN_HINTS = {
     "lr": "learning rate",
     "dropout": "probability of dropping a unit",
+    "embedding_range": "of the embedding's initial weights, on either side of 0",
     "temperature": "of the augmented loss",
     "gamma": "weight of the augmented loss, in units of the temperature",
 }

@@ -18,7 +18,8 @@ NOT_RESOLVED = (
 UNITS = {"s": 1, "m": 60, "h": 3600}
 LOSS_OPTIONS = ("temperature", "gamma")
 LARGEST_SEED = 2**60  # three streams a seed, 64 bits for all
-OWN = ("lr", "dropout", *LOSS_OPTIONS)  # what may differ between variants: all that `tiedkl tune` searches
+OWN = ("lr", "dropout", "embedding_range", *LOSS_OPTIONS)  # what may differ between variants: all that can be searched
+INITIAL_RANGE = 0.1  # of an LSTM of 200 units in Zaremba et al. (2014)
 LOSS_KEYWORDS = {*LOSS_OPTIONS, "alpha"}  # of tiedkl.FusedTiedLoss
 
 
@@ -85,6 +86,7 @@ class Settings:
     decay_after: int | None = None  # first epochs at the full rate
     clip: float = 5.0  # global gradient norm
     dropout: float = 0.3
+    embedding_range: float = INITIAL_RANGE  # an LSTM's embedding starts uniform in +- this
     temperature: float = 20.0
     gamma: float = 0.5
     tied_bias: bool = True  # an output bias in +RE and +REAL too; the paper has none there
@@ -122,10 +124,12 @@ class Settings:
                 raise CompareError(f"{name}={value}: expected at least 1")
         if self.vocab_size < 3:
             raise CompareError(f"vocab_size={self.vocab_size}: expected at least 3, <unk> and <eos> included")
-        for name in ("lr", "lr_decay", "clip", "temperature"):
+        for name in ("lr", "lr_decay", "clip", "temperature", "embedding_range"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise CompareError(f"{name}={value}: expected a number above 0")
+        if self.model != "lstm" and self.embedding_range != INITIAL_RANGE:
+            raise CompareError(f"embedding_range={self.embedding_range}: only an lstm has it")
         if not 0 <= self.dropout < 1:
             raise CompareError(f"dropout={self.dropout}: expected a probability in [0, 1)")
         if not 0 <= self.gamma < float("inf"):

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from .settings import VARIANTS, CompareError
+from .settings import INITIAL_RANGE, VARIANTS, CompareError
 
 CONFIG, LOCK = "config.json", "compare.lock"
 REPORTS = ("report.json", "report.html", "report.md")
+LATER = {"embedding_range": INITIAL_RANGE}  # settings that earlier versions did not have
 PLAN = "plan"  # what `--budget` decided: kept, not compared
 CHECKPOINT = re.compile(rf"({'|'.join(VARIANTS)})(?:-(-?\d+))?\.pt")
 
@@ -33,7 +34,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Settings that differ, in words, the plan apart; "" for none. One that is missing counts as None."""
+    """Settings that differ, in words, the plan apart; "" for none. One that is missing counts as None.
+
+    Where `old` was written by an earlier version, settings that are newer had the values of `LATER`.
+    """
+    old = LATER | old
     changed = [k for k in sorted((old.keys() | new.keys()) - {PLAN}) if old.get(k) != new.get(k)]
     return "; ".join("the text" if k == "corpus" else f"{k}={old.get(k)}, now {new.get(k)}" for k in changed)
 

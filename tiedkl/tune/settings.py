@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..compare.settings import LOSS_OPTIONS, VARIANTS, CompareError, Settings, parse_duration
+from ..compare.settings import INITIAL_RANGE, LOSS_OPTIONS, VARIANTS, CompareError, Settings, parse_duration
 
 PRUNERS = ("median", "hyperband", "none")
 
@@ -25,7 +25,9 @@ RANGES = {
     "temperature": Range(5.0, 40.0, True),
     "lr": Range(0.5, 2.0, True),
     "dropout": Range(0.0, 0.6, False),
+    "embedding_range": Range(0.05, 2.0, True),
 }
+ON_REQUEST = ("embedding_range",)  # searched only when they are named; of an LSTM
 TRANSFORMER_LR = Range(3e-4, 3e-3, True)
 
 
@@ -49,8 +51,9 @@ class TuneSettings:
     bptt: int = 35
     epochs: int = 4
     max_tokens: int = 20_000  # of the training split
-    lr: float | None = None  # this and the next three: the defaults that the search has to beat
+    lr: float | None = None  # this and the next four: the defaults that the search has to beat
     dropout: float = 0.3
+    embedding_range: float = INITIAL_RANGE
     temperature: float = 20.0
     gamma: float = 0.5
     impl: str = "auto"
@@ -79,7 +82,8 @@ class TuneSettings:
         """The settings of a trial with the defaults."""
         shared = (
             "data", "model", "hidden", "layers", "batch", "bptt", "epochs", "max_tokens", "lr", "dropout",
-            "temperature", "gamma", "impl", "threads", "device", "seed", "vocab_size", "min_count", "tokenizer",
+            "embedding_range", "temperature", "gamma", "impl", "threads", "device", "seed", "vocab_size", "min_count",
+            "tokenizer",
         )  # fmt: skip
         # the rate falls after as large a part of the epochs as in `tiedkl compare` on a small text, 4 of 7
         decay_after = max(1, round(self.epochs * 4 / 7))
@@ -96,8 +100,10 @@ class TuneSettings:
         A range has to hold the default: the first trial is the defaults, so that a gain over them is a fact.
         """
         augmented = VARIANTS[self.variant].augmented
-        known = RANGES | ({"lr": TRANSFORMER_LR} if self.model == "transformer" else {})
-        usual = (name for name in known if augmented or name not in LOSS_OPTIONS)
+        known = dict(RANGES)
+        if self.model == "transformer":
+            known = {name: r for name, r in known.items() if name not in ON_REQUEST} | {"lr": TRANSFORMER_LR}
+        usual = (name for name in known if name not in ON_REQUEST and (augmented or name not in LOSS_OPTIONS))
         text = self.search if self.search is not None else ",".join(usual)
         found: dict[str, Range] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):

@@ -24,7 +24,8 @@ OTHER: dict[str, Any] = {
     "data": "my texts/it's.txt", "out": "-odd out", "model": "transformer", "variants": ("real", "baseline"),
     "epochs": 3, "hidden": 64, "layers": 1, "batch": 5, "bptt": 20, "lr": 0.002, "lr_decay": 0.7, "decay_after": 2,
     "clip": 0.25, "dropout": 0.1, "embedding_range": 0.4, "temperature": 12.5, "gamma": 0.3, "tied_bias": False,
-    "impl": "reference", "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m", "price_per_hour": 2.5,
+    "impl": "reference", "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m",
+    "price_per_hour": 2.5,
     "tokenizer": "my tokenizer.json", "tuned_for": "real", "vocab_size": 500, "min_count": 3, "max_tokens": 9000,
     "checkpoint_every": 5.0, "quiet": True, "fresh": True, "overrides": {"real": {"lr": 0.001, "gamma": 0.2}},
 }  # fmt: skip

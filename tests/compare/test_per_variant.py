@@ -61,7 +61,7 @@ def test_files_that_cannot_go_together(tmp_path: Path) -> None:
         ({"al": {"lr": 1.0}}, "settings for variant al, which is not one of baseline,real"),
         (
             {"real": {"hidden": 8}},
-            "variant real: hidden: only lr, dropout, embedding_range, temperature, gamma may differ",
+            "hidden: only lr, dropout, embedding_range, temperature, gamma may differ",
         ),
         ({"real": {"lr": -1.0}}, "variant real: lr=-1.0"),
         ({"real": {"lr": "fast"}}, "variant real: a setting has the wrong type"),

@@ -57,11 +57,18 @@ def test_report_says_for_whom_the_settings_were_searched(toy: Any, tmp_path: Pat
         "The settings (lr, dropout, ...) were searched for +REAL; the baseline uses them without a search of its own, "
         "which favours +REAL."
     )
-    common = "The settings are common to all variants, not tuned for each."
+    common = (
+        "The settings are common to all variants, not tuned for each. On little text one of them, --embedding-range, can "
+        "matter more than the variant."
+    )
     assert (limit in tuned["limits"], common in tuned["limits"]) == (True, False)
     assert (limit in plain["limits"], common in plain["limits"]) == (False, True)
     assert limit in (tmp_path / "out" / "report.html").read_text("utf-8")
     assert limit in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+def test_a_transformer_has_no_such_range() -> None:
+    assert not any("--embedding-range" in text for text in limits({}, model="transformer"))
 
 
 def test_search_for_the_baseline_favours_the_baseline() -> None:

@@ -82,7 +82,7 @@ def build(
         "status": "complete" if all(v["status"] == "done" for v in variants.values()) else "partial",
         "verdict": sentences,
         "outcome": outcome,
-        "limits": limits(variants, request.tuned_for, own=bool(config.get("overrides"))),
+        "limits": limits(variants, request.tuned_for, own=bool(config.get("overrides")), model=config.get("model")),
         "config": config,
         "corpus": corpus,
         "environment": environment,

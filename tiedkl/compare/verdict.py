@@ -66,11 +66,13 @@ def best(variants: dict[str, Any]) -> str | None:
     return min(found, key=rank, default=None)
 
 
-def limits(variants: dict[str, Any], tuned_for: str | None = None, *, own: bool = False) -> list[str]:
+def limits(
+    variants: dict[str, Any], tuned_for: str | None = None, *, own: bool = False, model: str | None = None
+) -> list[str]:
     """What a comparison cannot tell, with the seeds that are finished so far.
 
     tuned_for: the variant that the settings were searched for, None where they were not searched. own: whether variants
-    have settings of their own.
+    have settings of their own. model: that of `Settings`.
     """
     n_seeds = min((len(v["seeds_done"]) for v in variants.values() if v["seeds_done"]), default=0)
     if n_seeds == 0:
@@ -84,7 +86,7 @@ def limits(variants: dict[str, Any], tuned_for: str | None = None, *, own: bool 
         "A small model and a short training; larger models and longer training can change the order of the variants.",
         "Variants have settings of their own: a better search for one of them can change the answer."
         if own
-        else _fairness(tuned_for),
+        else _fairness(tuned_for, model),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
@@ -93,9 +95,12 @@ def limits(variants: dict[str, Any], tuned_for: str | None = None, *, own: bool 
     ]
 
 
-def _fairness(tuned_for: str | None) -> str:
+def _fairness(tuned_for: str | None, model: str | None) -> str:
     if tuned_for is None:
-        return "The settings are common to all variants, not tuned for each."
+        text = "The settings are common to all variants, not tuned for each."
+        if model == "lstm":
+            text += " On little text one of them, --embedding-range, can matter more than the variant."
+        return text
     baseline = tuned_for == "baseline"
     favoured = "the baseline" if baseline else VARIANTS[tuned_for].label
     others, own = ("the other variants use", "their") if baseline else ("the baseline uses", "its")

@@ -11,8 +11,8 @@ from .tables import number, span
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
 UNKNOWN = 10.0  # per cent of the test tokens, from which the verdict speaks of unknown words
-# per cent of cross-entropy; LSTMs (examples/ptb) with alpha * KL up to 1.5% came out within a per cent of those without
-# the loss on test, with 1.6 to 9% better but for two, and failed from 12%
+# per cent of cross-entropy; LSTMs (examples/ptb) with the default initial embedding and alpha * KL up to 1.5% came out
+# within a per cent of those without the loss on test, with 1.6 to 9% better but for two, and failed from 12%
 FAINT, STRONG = 2.0, 10.0
 YES = (
     "with two seeds or more, none of which diverged, the variant is better by "

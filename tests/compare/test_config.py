@@ -58,8 +58,8 @@ def test_report_says_for_whom_the_settings_were_searched(toy: Any, tmp_path: Pat
         "which favours +REAL."
     )
     common = (
-        "The settings are common to all variants, not tuned for each. On little text one of them, --embedding-range, can "
-        "matter more than the variant."
+        "The settings are common to all variants, not tuned for each. On little text one of them, --embedding-range, "
+        "can matter more than the variant."
     )
     assert (limit in tuned["limits"], common in tuned["limits"]) == (True, False)
     assert (limit in plain["limits"], common in plain["limits"]) == (False, True)

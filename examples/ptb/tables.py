@@ -68,8 +68,8 @@ Two things differ from the paper: a schedule that two CPU cores finish (the JSON
 Seeds 2 and 3 of the baseline and +AL were trained on a GPU.""",
     "small40": """\
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE
-and +REAL have an output bias. The baseline and +RE were trained on a CPU, +AL and +REAL on a GPU, where dropout masks
-are others.""",
+and +REAL have an output bias. The baseline, +RE and the stronger loss were trained on a CPU, +AL and +REAL on a GPU,
+where dropout masks are others.""",
     "medium": """\
 The schedule of the Keras reimplementation, of 40 epochs. Unlike the paper's, +REAL has an output bias. Trained with
 tf32 products.""",

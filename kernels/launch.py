@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +81,11 @@ def _constants(tile: Tile, even: bool, precision: str, whole: bool) -> dict[str,
         "PRECISION": precision,
         **compiler_options(tile, whole),
     }
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whichever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .exponential import exp
 from .launch import cdiv
+from .launch import current as current
 from .tile import at_least, tanh
 
 COLUMNS = 128  # of a program

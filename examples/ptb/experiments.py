@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tiedkl.compare.settings import VARIANTS
@@ -84,16 +85,24 @@ def _four(experiment: str, settings: dict[str, Any], seeds: Iterable[int] = SEED
     return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in VARIANTS]
 
 
+def _on_a_sixteenth(
+    experiment: str,
+    label: str,
+    variant: str = "real",
+    *,
+    seed: int,
+    loss: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """A run of the small model on a sixteenth of the text, with some settings of its own."""
+    return Run(experiment, label, variant, seed, SIXTEENTH | settings, fraction=1 / 16, loss=loss or {})
+
+
 def _sixteenth() -> Iterator[Run]:
     """The small model on a sixteenth of the text: the four variants, and the others with one change at a time."""
     for seed in SEEDS:
         yield from _four("sixteenth", SIXTEENTH, [seed], fraction=1 / 16)
-
-        def run(
-            label: str, variant: str = "real", seed: int = seed, loss: dict[str, Any] | None = None, **settings: Any
-        ) -> Run:
-            return Run("sixteenth", label, variant, seed, SIXTEENTH | settings, fraction=1 / 16, loss=loss or {})
-
+        run = partial(_on_a_sixteenth, "sixteenth", seed=seed)
         for smoothing in (0.05, 0.1):
             yield run(f"re,smoothing={smoothing}", "re", loss={"label_smoothing": smoothing})
         yield run("target_grad", loss={"target_grad": True})
@@ -154,22 +163,16 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
 def _wide() -> Iterator[Run]:
     """As `sixteenth`, each variant from the embedding, of +-0.1, +-0.3 and +-1, that is best for it on validation."""
     tied, untied = 0.3, 1.0
-
-    def run(
-        label: str, variant: str, seed: int, embedding: float, loss: dict[str, Any] | None = None, **settings: Any
-    ) -> Run:
-        settings = SIXTEENTH | settings | {"embedding_range": embedding}
-        return Run("wide", label, variant, seed, settings, fraction=1 / 16, loss=loss or {})
-
+    run = partial(_on_a_sixteenth, "wide")
     for seed in SEEDS:
         for name, variant in VARIANTS.items():
-            yield run(name, name, seed, tied if variant.tied else untied)
-        yield run("al,gamma=4", "al", seed, untied, gamma=4.0)
-        yield run("target_grad,gamma=4", "real", seed, tied, TARGET_GRAD, gamma=4.0)
+            yield run(name, name, seed=seed, embedding_range=tied if variant.tied else untied)
+        yield run("al,gamma=4", "al", seed=seed, embedding_range=untied, gamma=4.0)
+        yield run("target_grad,gamma=4", seed=seed, embedding_range=tied, gamma=4.0, loss=TARGET_GRAD)
     for name, variant in VARIANTS.items():
         other = untied if variant.tied else tied
         label = f"embedding={other:g}"
-        yield run(label if name == "real" else f"{name},{label}", name, 1, other)
+        yield run(label if name == "real" else f"{name},{label}", name, seed=1, embedding_range=other)
 
 
 def experiments() -> dict[str, list[Run]]:

@@ -12,7 +12,6 @@ Reference: tiedkl/reference.py. Nothing waits for the device, and there are no a
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,13 +89,8 @@ def backward(problem: Problem, plan: Plan, g: Tensor, needs: Needs) -> tuple[Ter
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x, contiguous, times factor (1,) float32, in place."""
-    with _current(x.device):
+    with launch.current(x.device):
         return scale.scale_(x, factor)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current GPU, whichever its tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -113,7 +107,7 @@ def _walk(p: Problem, plan: Plan, g: Tensor | None, needs: Needs) -> tuple[Terms
         b=None if p.b is None else p.b.contiguous(),
         t=None if p.t is None else _rows(p.t),
     )
-    with _current(p.h.device):
+    with launch.current(p.h.device):
         return _Walk(inputs, plan, g, needs).run()
 
 

@@ -36,11 +36,6 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     return importlib.import_module("tiedkl.kernels.lstm")
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current GPU, whichever its tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 class _LSTMWindow(torch.autograd.Function):
     """One layer over one window.
 
@@ -73,7 +68,7 @@ class _LSTMWindow(torch.autograd.Function):
         hm_at, c_at = hm.unbind(0), c.unbind(0)
         o, i, f, g = (part.unbind(0) for part in gates.chunk(4, dim=-1))
         sigmoids, all_gates, tanh_c_at = gates[..., : 3 * n_hid].unbind(0), gates.unbind(0), tanh_c.unbind(0)
-        with _current(x.device):
+        with kernels.current(x.device) if kernels else contextlib.nullcontext():
             for t in range(n_steps):
                 all_gates[t].addmm_(hm_at[t], w_ht)
                 if kernels:
@@ -98,8 +93,7 @@ class _LSTMWindow(torch.autograd.Function):
         n_steps, n_seq, n_hid = tanh_c.shape
         d_hm = d_out.clone(memory_format=torch.contiguous_format)
         known = gates, c, tanh_c, mask, w_h, d_hm
-        with _current(x.device):
-            d_gates = _gate_gradients_by(ctx.kernels, *known) if ctx.kernels else _gate_gradients(*known)
+        d_gates = _gate_gradients_by(ctx.kernels, *known) if ctx.kernels else _gate_gradients(*known)
         flat = d_gates.view(n_steps * n_seq, 4 * n_hid)
         d_x = (flat @ w_x).view_as(x) if ctx.needs_input_grad[0] else None
         d_w_x = flat.T @ x.reshape(n_steps * n_seq, -1)
@@ -142,10 +136,11 @@ def _gate_gradients_by(
 ) -> Tensor:
     """The same with Triton's kernels."""
     d_gates, d_c = torch.empty_like(gates), torch.zeros_like(c[0])
-    for t in range(len(gates) - 1, -1, -1):
-        kernels.cell_gradient(gates[t], c[t], tanh_c[t], mask, d_hm[t], d_c, d_gates[t])
-        if t:
-            d_hm[t - 1].addmm_(d_gates[t], w_h)
+    with kernels.current(gates.device):
+        for t in range(len(gates) - 1, -1, -1):
+            kernels.cell_gradient(gates[t], c[t], tanh_c[t], mask, d_hm[t], d_c, d_gates[t])
+            if t:
+                d_hm[t - 1].addmm_(d_gates[t], w_h)
     return d_gates
 
 

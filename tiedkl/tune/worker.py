@@ -46,11 +46,7 @@ class Task:
         check_length(self.facts["tokens"], self.config["batch"], self.config["bptt"])
         self.data = Data.of(text, self.config["batch"], self.device)
         self.variant = VARIANTS[settings.variant]
-        first = self._trainer({})
-        try:
-            first.loss.plan(first.model, self.config["batch"] * self.config["bptt"])
-        except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
-            raise CompareError(str(error).splitlines()[0]) from None
+        self._trainer({})  # what cannot begin says so before the search
         self.identity = {k: v for k, v in self.config.items() if k not in ("threads", "budget")} | {
             "corpus": self.facts["sha256"],
             "variant": settings.variant,
@@ -61,9 +57,11 @@ class Task:
     def _trainer(self, changes: dict[str, float]) -> Trainer:
         """A training at its start. Raises CompareError when it cannot begin."""
         try:
-            return Trainer(self.variant, self.config | changes, self.data, self.device)
-        except (RuntimeError, ValueError) as error:
+            trainer = Trainer(self.variant, self.config | changes, self.data, self.device)
+            trainer.loss.plan(trainer.model, self.config["batch"] * self.config["bptt"])
+        except (RuntimeError, ValueError) as error:  # a backend of the loss that cannot run here says why
             raise CompareError(str(error).splitlines()[0]) from None
+        return trainer
 
     def train(
         self,
@@ -106,17 +104,17 @@ def work(
     def over() -> bool:
         return should_stop() or (deadline is not None and time.time() >= deadline)
 
+    out = Path(settings.out).expanduser()
     for _ in range(quota):
         if over():
             return
         # SQLite locks no rows, and Optuna would give two the same waiting trial
-        with in_turn(Path(settings.out).expanduser()):
+        with in_turn(out):
             queue_neighbour(study, settings)
             trial = study.ask()
         params = {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in settings.ranges().items()}
         if not _trial(task, study, trial, params, settings, over):
             return
-        out = Path(settings.out).expanduser()
         if worker == 0:  # one process writes; the command itself writes again at the end
             report.write_best(study, settings, task, out)
         say(report.line(study, trial.number, len(finished(study)), settings.trials))

@@ -26,7 +26,7 @@ SHAPES = (
 SMOKE = ((48, 500, 32, "float32"), (40, 300, 24, "bfloat16"))
 TOKENS = 8192
 EAGER_BYTES = 40  # of eager CE + KL for each logit
-WORKSPACES = (32 * MIB, 4096 * MIB)
+WORKSPACES = (32 * MIB, 512 * MIB, 4096 * MIB)
 TARGETS = "zipf"
 LONG_SECONDS = 4.0  # of one row at one shape, after which it is not timed again
 

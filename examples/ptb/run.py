@@ -58,7 +58,7 @@ def settings_of(run: Run, text: Corpus, args: argparse.Namespace) -> dict[str, A
     """Every setting of a run."""
     settings = replace(Settings(threads=args.threads), seed=run.seed, **run.settings).resolved(len(text.train))
     if run.initial_range is not None:
-        settings |= dict.fromkeys(("initial_range", "embedding_range"), run.initial_range)
+        settings["initial_range"] = run.initial_range
     if args.tf32:
         settings["tf32"] = True
     return settings | ({"epochs": 1, "hidden": 16, "batch": 4, "bptt": 8} if args.smoke else {})

@@ -32,14 +32,14 @@ PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al
     "medium": {"baseline": (82.0, 77.7), "al": (77.4, 74.7), "re": (77.1, 73.9), "real": (75.7, 73.2)},
     "large": {"baseline": (76.8, 72.6), "al": (74.5, 71.2), "re": (72.5, 69.0), "real": (71.1, 68.5)},
 }
-PUBLISHED |= {"small40": PUBLISHED["small"], "medium50": PUBLISHED["medium"], "large50": PUBLISHED["large"]}
+PUBLISHED |= {"small40": PUBLISHED["small"], "medium70": PUBLISHED["medium"], "large65": PUBLISHED["large"]}
 TITLES = {
     "small": "Two layers of 200 units, 11 epochs",
     "small40": "Two layers of 200 units, 40 epochs",
     "medium": "Two layers of 650 units",
     "large": "Two layers of 1500 units",
-    "medium50": "Two layers of 650 units, longer at the full rate and from smaller weights",
-    "large50": "Two layers of 1500 units, longer at the full rate and from smaller weights",
+    "medium70": "Two layers of 650 units, longer at the full rate",
+    "large65": "Two layers of 1500 units, longer at the full rate",
     "readings": "Two layers of 200 units: is the published dropout 0.7 a probability of dropping or of keeping?",
     "quarter": "Two layers of 200 units, a quarter of the training text",
     "sixteenth": "Two layers of 200 units, a sixteenth of the training text",

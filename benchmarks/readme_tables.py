@@ -23,7 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "bench_cpu.json"
 ACCURACY = ROOT / "benchmarks" / "results" / "cpu" / "accuracy.json"
 GPU_RESULTS = [ROOT / "benchmarks" / "results" / "h200" / name for name in ("bench_gpu.json", "bench_gpu-2.json")]
-GPU_ROWS = {"tiedkl triton": "default", "tiedkl triton, CUDA graph": "CUDA graph", "tiedkl triton, 4 GiB": "4 GiB"}
+GPU_ROWS = {
+    "tiedkl triton": "default",
+    "tiedkl triton, CUDA graph": "CUDA graph",
+    "tiedkl triton, 512 MiB": "512 MiB",
+    "tiedkl triton, 4 GiB": "4 GiB",
+}
 OURS, FALLBACK = "tiedkl cpp", "tiedkl torch"
 BASELINES = ("eager CE+KL", "torch.compile CE+KL", "eager CE")
 DRAWN = {OURS: "#137a4b", FALLBACK: "#5fae86", "torch.compile CE+KL": "#b3540b", "eager CE": "#1769aa"}
@@ -103,7 +108,7 @@ def gpu_speed(reports: list[dict[str, Any]]) -> str:
     """The README's table of a GPU: ways to run tiedkl, and the fastest libraries, at each shape."""
     head = ["N, V, D", "", "ms", "/ eager CE+KL", "/ eager CE", "GEMM floor / time", "extra memory, MiB"]
     lines, measured = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
-    for result in (result for report in reports for result in report["results"]):
+    for stamp, result in ((report["stamp"], result) for report in reports for result in report["results"]):
         rows = {name: row for name, row in result["rows"].items() if "seconds" in row}
         names = {name: f"tiedkl, {how}" for name, how in GPU_ROWS.items() if name in rows}
         for kl in (True, False):
@@ -118,9 +123,10 @@ def gpu_speed(reports: list[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         peers = ", ".join(sorted(name for name in rows if not name.startswith("tiedkl")))
         rounds = max(row.get("samples", 0) for row in rows.values())
-        measured.append(f"{shape} ({rounds} round{'s' * (rounds != 1)}): {peers}")
+        how = f"{rounds} round{'s' * (rounds != 1)}, commit {stamp['commit'][:7]}"
+        measured.append(f"{shape} ({how}): {peers}")
     stamp = reports[0]["stamp"]
-    where = f"{stamp['device']}, torch {stamp['torch']}, Triton {stamp['triton']}, commit {stamp['commit'][:7]}"
+    where = f"{stamp['device']}, torch {stamp['torch']}, Triton {stamp['triton']}"
     caption = f"{where}, bfloat16, times of forward and backward. Measured beside it at {'; at '.join(measured)}."
     return "\n\n".join(["\n".join(lines), caption])
 

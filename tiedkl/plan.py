@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 64 * MIB
-WELL_FILLED = 0.85  # of a device's time
+WELL_FILLED = 0.8  # of a device's time
 TOKEN_BLOCKS, VOCAB_BLOCKS = "token_blocks", "vocab_blocks"
 
 
@@ -60,10 +60,17 @@ class Programs(NamedTuple):
         return busy(-(-rows // self.rows) * -(-columns // self.cols), self.places)
 
     def filling(self, rows: int, columns: int) -> int:
-        """Columns of a block of so many rows, at most `columns` and over three quarters of them, that idle least."""
+        """Columns of a block of so many rows, at most `columns`, that idle least.
+
+        They are over three quarters of `columns`, or over half of them where no more would fill the device well.
+        """
         most = -(-columns // self.cols)
-        widths = [min(columns, n * self.cols) for n in range(most, most * 3 // 4, -1)]
-        return max(widths, key=lambda width: self.busy(rows, width))
+        for least in (most * 3 // 4, most // 2):
+            widths = [min(columns, n * self.cols) for n in range(most, least, -1)]
+            best = max(widths, key=lambda width: self.busy(rows, width))
+            if self.busy(rows, best) >= WELL_FILLED:
+                break
+        return best
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,8 @@ def make_plan(impl: str, shape: Shape, tuning: Tuning, workspace_bytes: int | No
         whole = min(v, tuning.whole_block)
         one_block = whole and _rounds_w(shape) and fits(n, whole)
         if one_block and programs:
-            one_block = programs.busy(n, width(n)) >= WELL_FILLED
+            found = width(n)
+            one_block = found >= whole and programs.busy(n, found) >= WELL_FILLED
         tokens = n if one_block else even(_largest(n, lambda c: fits(c, columns)))
         vocab = width(tokens)
     strategy = TOKEN_BLOCKS if vocab >= v and tuning.token_block else VOCAB_BLOCKS

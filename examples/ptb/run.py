@@ -7,8 +7,8 @@
     python examples/ptb/tables.py                                        what came out
 
 DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt. Checkpoints go to --runs; the figures of every run, finished or
-not, to results/EXPERIMENT.json beside this file (--results elsewhere). A run is checkpointed every minute, after every
-epoch and on Ctrl-C, and continues to the same bits.
+not, to results/EXPERIMENT.json beside this file (--results elsewhere). A run is checkpointed every minute and on
+Ctrl-C, and continues to the same bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.lock import in_turn, locked
 from tiedkl.compare.progress import Progress
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
-from tiedkl.compare.statistics import block_means
+from tiedkl.compare.statistics import block_means, perplexity
 from tiedkl.compare.store import Store, differences, write_atomically
 from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
@@ -156,7 +156,11 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         trainer = make_trainer(run, text_of(run, args), args)
         resume(trainer, run, identity, args.runs)
         runner.train(trainer, run.name, save, Lines(run.name), CHECKPOINT_SECONDS, should_stop)
-    losses = trainer.test_losses
+    result = trainer.result()
+    unfinished = args.test_unfinished and not trainer.ended and trainer.best
+    losses = trainer.test() if unfinished else trainer.test_losses
+    if losses is not None:
+        result["test_ppl"] = perplexity(float(losses.double().mean()))
     return {
         "experiment": run.experiment,
         "label": run.label,
@@ -166,7 +170,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         "stamp": stamp(trainer.device),
         # enough for a bootstrap of the text
         "test_blocks": None if losses is None else [round(x, 5) for x in block_means(losses).tolist()],
-        **trainer.result(),
+        **result,
     }
 
 
@@ -212,6 +216,9 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, action="append", help="only this seed; repeatable")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--test-unfinished", action="store_true", help="test the best epoch so far of runs that are stopped, too"
+    )
     return parser.parse_args(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tiedkl.compare import CompareError, Interrupted, compare, runner
+from tiedkl.compare.progress import Progress
 from tiedkl.compare.settings import Settings
 from tiedkl.compare.store import Store
 
@@ -111,6 +113,38 @@ def test_killed_process(toy: Any, tmp_path: Path) -> None:
     assert state is not None
     assert state["test_ppl"] is None  # it was not done
     assert numbers(compare(parts)) == numbers(expected)
+
+
+def test_checkpoints_after_short_epochs_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, saves = [0.0], []
+
+    class Training:
+        def __init__(self) -> None:
+            self.settings, self.epoch, self.done = {"epochs": 40}, 0, False
+            numbers = ("epoch", "valid_ppl", "train_ce", "lr", "tokens_per_second")
+            self.curves: list[dict[str, Any]] = [dict.fromkeys(numbers, 1) | {"train_kl": None}]
+
+        def run(self) -> Any:
+            for _ in range(40):
+                for event in ("step", "epoch"):
+                    clock[0] += 5.0
+                    yield event
+            self.done = True
+            yield "done"
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    def save(state: dict[str, Any]) -> None:
+        saves.append(clock[0])
+        clock[0] += cost
+
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
+    for cost, expected in ((0.01, 41), (0.9, 9), (5.0, 8)):  # every epoch; every fifth, sixth; and the end
+        clock[0], saves[:] = 0.0, []
+        assert runner.train(Training(), "toy", save, Progress(1, 1, quiet=True), 60.0, lambda: False)  # type: ignore[arg-type]
+        assert len(saves) == expected
+        assert max(b - a for a, b in itertools.pairwise([0.0, *saves, clock[0]])) <= 60.0 + 5.0 + cost
 
 
 def test_stopping_leaves_a_report_and_continues(toy: Any, tmp_path: Path) -> None:

@@ -136,6 +136,35 @@ def test_figures_and_checkpoints_of_another_run_are_refused(
         modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
 
 
+def test_a_run_that_is_stopped_can_be_tested_as_it_is(
+    tmp_path: Path, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, longer = modules["run"], {"epochs": 1}
+    settings = module.settings_of
+    monkeypatch.setattr(module, "settings_of", lambda *call: settings(*call) | longer)
+
+    def trained(folder: str) -> dict[str, Any]:
+        place = ("--runs", folder, "--results", folder)
+        args = module.arguments(["small", "--smoke", "--seed", "1", "--only", "re", "--test-unfinished", *place])
+        ((chosen, identity),) = module.chosen_runs(args)
+        return module.train(chosen, args, identity, deadline=math.inf, parent=os.getppid())
+
+    done = trained(str(tmp_path / "done"))
+    longer["epochs"] = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Lines, "epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        stopped = trained(str(tmp_path / "stopped"))
+    assert (done["status"], stopped["status"], stopped["epochs_done"]) == ("done", "partial", 1)
+    assert stopped["test_ppl"] == done["test_ppl"]
+    assert stopped["test_blocks"] == done["test_blocks"]
+    row = modules["tables"].unfinished([modules["tables"].Run(1, stopped, None)])
+    assert f"epoch 1.0 of 3, validation {done['valid_ppl']:.2f}, test {done['test_ppl']:.2f}" in row
+    goes_on = trained(str(tmp_path / "stopped"))
+    assert (goes_on["status"], goes_on["curves"][0]["valid_ppl"]) == ("done", done["valid_ppl"])
+    longer["epochs"] = 3
+    assert goes_on["test_ppl"] == trained(str(tmp_path / "whole"))["test_ppl"]
+
+
 def test_the_checklist_of_a_comparison_tells_what_was_measured(modules: Any) -> None:
     tables = modules["tables"]
     figures = tables.read(tables.RESULTS / "small.json")

@@ -254,6 +254,9 @@ class Measurement:
                 if step:
                     steps[name] = step
             unit = None if graph else self._unit()
+            for name in list(steps) if cuda else ():  # untimed: the allocator asks the driver for what it does not have
+                if self.attempt(name, functools.partial(once, steps[name], flush)) is None:
+                    del steps[name]
             for turn in range(self.rounds if steps else 0):
                 if turn and time.monotonic() + sum(self.warm[n] for n in steps) > self.deadline:
                     break

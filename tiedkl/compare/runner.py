@@ -27,6 +27,7 @@ from .training import Data, Diverged, Trainer
 
 DEFAULT_SEEDS = 1
 PLANNED = ("batch", "epochs", "decay_after", "max_tokens")  # settings of a run that a plan decides
+SAVING = 0.02  # of a training's time, at most, for checkpoints after epochs
 NEEDED = ("tqdm", "matplotlib", "jinja2")
 
 
@@ -194,12 +195,13 @@ def train(
     every: float,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Train one variant to its end, saving every `every` seconds, after each epoch and when told to stop.
+    """Train one variant to its end, saving every `every` seconds, after an epoch, at the end and when told to stop.
 
-    False when it was stopped; a training that diverges has ended too.
+    Where epochs are short and weights are large, not after each epoch: saving takes at most `SAVING` of the time. False
+    when it was stopped; a training that diverges has ended too.
     """
     epochs = trainer.settings["epochs"]
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     try:
         for event in trainer.run():
             if event == "step":
@@ -207,9 +209,12 @@ def train(
             elif event == "epoch":
                 progress.epoch(label, trainer.curves[-1], epochs)
             stop = should_stop() and not trainer.done
-            if stop or event != "step" or time.monotonic() - saved >= every:
+            due = every if event == "step" else min(every, took / SAVING)
+            if stop or event == "done" or time.monotonic() - saved >= due:
+                began = time.monotonic()
                 save(trainer.state_dict())
                 saved = time.monotonic()
+                took = saved - began
             if stop:
                 return False
     except Diverged as error:

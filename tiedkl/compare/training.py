@@ -161,8 +161,7 @@ class Trainer:
             yield "epoch"
         if not self.done:
             began = time.perf_counter()
-            self.model.load_state_dict(self.best["weights"])
-            self.test_losses = self.token_losses(self.data.test)
+            self.test_losses = self.test()
             self.test_ppl = perplexity(float(self.test_losses.double().mean()))
             self.seconds += time.perf_counter() - began
             yield "done"
@@ -283,6 +282,11 @@ class Trainer:
         """Cross-entropy of each token of a split, float32 (n_tokens,) on the CPU, in the order of the text."""
         rows = [self.loss.token_cross_entropy(self.model, hidden, y) for hidden, y in self.windows(split)]
         return in_text_order(torch.cat(rows), split[1]).float().cpu()
+
+    def test(self) -> Tensor:
+        """`token_losses` of the test text by the best epoch's weights, which the model has afterwards."""
+        self.model.load_state_dict(self.best["weights"])
+        return self.token_losses(self.data.test)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint must hold; tensors, numbers, strings and containers only."""

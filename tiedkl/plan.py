@@ -62,7 +62,7 @@ class Programs(NamedTuple):
     def filling(self, rows: int, columns: int) -> int:
         """Columns of a block of so many rows, at most `columns`, that idle least.
 
-        They are over three quarters of `columns`, or over half of them where no more would fill the device well.
+        They are over three quarters of `columns`, or over half of them where none of those fills the device well.
         """
         most = -(-columns // self.cols)
         for least in (most * 3 // 4, most // 2):

@@ -7,8 +7,8 @@
     python examples/ptb/tables.py                                        what came out
 
 DIR holds ptb.train.txt, ptb.valid.txt and ptb.test.txt. Checkpoints go to --runs; the figures of every run, finished or
-not, to results/EXPERIMENT.json beside this file (--results elsewhere). A run is checkpointed every minute and on
-Ctrl-C, and continues to the same bits.
+not, to results/EXPERIMENT.json beside this file (--results elsewhere). A run is checkpointed at least every minute,
+and on Ctrl-C, and continues to the same bits.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         resume(trainer, run, identity, args.runs)
         runner.train(trainer, run.name, save, Lines(run.name), CHECKPOINT_SECONDS, should_stop)
     result = trainer.result()
-    unfinished = args.test_unfinished and not trainer.ended and trainer.best
-    losses = trainer.test() if unfinished else trainer.test_losses
+    early = args.test_unfinished and not trainer.ended and bool(trainer.best)
+    losses = trainer.test() if early else trainer.test_losses
     if losses is not None:
         result["test_ppl"] = perplexity(float(losses.double().mean()))
     return {
@@ -217,7 +217,9 @@ def arguments(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument(
-        "--test-unfinished", action="store_true", help="test the best epoch so far of runs that are stopped, too"
+        "--test-unfinished",
+        action="store_true",
+        help="test the best epoch so far of a run that this command trains and stops",
     )
     return parser.parse_args(command)
 

@@ -40,7 +40,7 @@ NARROW = 256  # widths below this cost no less: element-wise work in float64 the
 FLUSH_BYTES = 1 << 28  # more than a GPU's L2 cache
 TINY_SECONDS, MOST_REPEATS = 0.02, 20  # on a CPU, steps are repeated until a measurement is that long
 COMPILE_SECONDS = 20.0  # a guess at the first call of what torch.compile compiles, before there has been one
-ROUNDS_KEPT_FREE = 2  # rounds of what is already measured that the time for a new candidate must leave
+ROUNDS_KEPT_FREE = 2  # timed rounds of what is already measured that the time for a new candidate must leave
 
 Save = Callable[[], None]
 
@@ -136,7 +136,8 @@ class Measurement:
 
     def _in_time(self, name: str) -> bool:
         """Whether there is time for a new candidate and for the rounds; the first of all always has it."""
-        left = self.deadline - time.monotonic() - ROUNDS_KEPT_FREE * sum(self.warm[n] for n in self.alive)
+        rounds = ROUNDS_KEPT_FREE + (self.device.type == "cuda")  # one is not timed there
+        left = self.deadline - time.monotonic() - rounds * sum(self.warm[n] for n in self.alive)
         if not self.warm or left >= (self.compile_seconds if self.table[name].compiled else 0.0):
             return True
         self.rows[name] |= {"status": "not measured", "note": "no time was left; --budget-seconds gives more"}

@@ -27,7 +27,7 @@ from .training import Data, Diverged, Trainer
 
 DEFAULT_SEEDS = 1
 PLANNED = ("batch", "epochs", "decay_after", "max_tokens")  # settings of a run that a plan decides
-SAVING = 0.02  # of a training's time, at most, for checkpoints after epochs
+SAVING = 0.02  # of a training's time for checkpoints after epochs
 NEEDED = ("tqdm", "matplotlib", "jinja2")
 
 
@@ -197,8 +197,8 @@ def train(
 ) -> bool:
     """Train one variant to its end, saving every `every` seconds, after an epoch, at the end and when told to stop.
 
-    Where epochs are short and weights are large, not after each epoch: saving takes at most `SAVING` of the time. False
-    when it was stopped; a training that diverges has ended too.
+    Where epochs are short and weights are large, not after each epoch, so that saving takes no more than `SAVING` of
+    the time; but `every` goes first. False when it was stopped; a training that diverges has ended too.
     """
     epochs = trainer.settings["epochs"]
     saved, took = time.monotonic(), 0.0
@@ -211,8 +211,9 @@ def train(
             stop = should_stop() and not trainer.done
             due = every if event == "step" else min(every, took / SAVING)
             if stop or event == "done" or time.monotonic() - saved >= due:
+                state = trainer.state_dict()  # waits for the steps that a GPU was given
                 began = time.monotonic()
-                save(trainer.state_dict())
+                save(state)
                 saved = time.monotonic()
                 took = saved - began
             if stop:

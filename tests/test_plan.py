@@ -212,7 +212,7 @@ def test_one_block_of_all_tokens_has_to_fill_the_device(tokens: int, width: int,
     tuning = replace(triton.BFLOAT16, programs=H200)
     plan = make_plan("triton", Shape(tokens, 128_256, width, width, half=True), tuning)
     assert (plan.token_block == tokens) == one_block
-    assert H200.busy(plan.token_block, plan.vocab_block) >= WELL_FILLED
+    assert H200.busy(plan.token_block, plan.vocab_block) >= 0.84
 
 
 def test_without_a_gradient_of_the_matrix_there_is_nothing_to_round() -> None:

@@ -36,7 +36,7 @@ from tiedkl.compare.corpus import Corpus
 from tiedkl.compare.lock import in_turn, locked
 from tiedkl.compare.progress import Progress
 from tiedkl.compare.settings import VARIANTS, CompareError, Settings
-from tiedkl.compare.statistics import block_means, perplexity
+from tiedkl.compare.statistics import block_means
 from tiedkl.compare.store import Store, differences, write_atomically
 from tiedkl.compare.training import Data, Trainer
 from tiedkl.environment import stamp
@@ -156,11 +156,9 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         trainer = make_trainer(run, text_of(run, args), args)
         resume(trainer, run, identity, args.runs)
         runner.train(trainer, run.name, save, Lines(run.name), CHECKPOINT_SECONDS, should_stop)
-    result = trainer.result()
-    early = args.test_unfinished and not trainer.ended and bool(trainer.best)
-    losses = trainer.test() if early else trainer.test_losses
-    if losses is not None:
-        result["test_ppl"] = perplexity(float(losses.double().mean()))
+    result, losses = trainer.result(), trainer.test_losses
+    if args.test_unfinished and not trainer.ended and trainer.best:
+        result["test_ppl"], losses = trainer.test()
     return {
         "experiment": run.experiment,
         "label": run.label,

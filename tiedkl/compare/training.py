@@ -161,8 +161,7 @@ class Trainer:
             yield "epoch"
         if not self.done:
             began = time.perf_counter()
-            self.test_losses = self.test()
-            self.test_ppl = perplexity(float(self.test_losses.double().mean()))
+            self.test_ppl, self.test_losses = self.test()
             self.seconds += time.perf_counter() - began
             yield "done"
 
@@ -283,10 +282,11 @@ class Trainer:
         rows = [self.loss.token_cross_entropy(self.model, hidden, y) for hidden, y in self.windows(split)]
         return in_text_order(torch.cat(rows), split[1]).float().cpu()
 
-    def test(self) -> Tensor:
-        """`token_losses` of the test text by the best epoch's weights, which the model has afterwards."""
+    def test(self) -> tuple[float, Tensor]:
+        """Perplexity and `token_losses` of the test text by the best epoch's weights, which the model then has."""
         self.model.load_state_dict(self.best["weights"])
-        return self.token_losses(self.data.test)
+        losses = self.token_losses(self.data.test)
+        return perplexity(float(losses.double().mean())), losses
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint must hold; tensors, numbers, strings and containers only."""

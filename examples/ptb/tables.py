@@ -32,10 +32,12 @@ PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al
     "medium": {"baseline": (82.0, 77.7), "al": (77.4, 74.7), "re": (77.1, 73.9), "real": (75.7, 73.2)},
     "large": {"baseline": (76.8, 72.6), "al": (74.5, 71.2), "re": (72.5, 69.0), "real": (71.1, 68.5)},
 }
-PUBLISHED |= {"small40": PUBLISHED["small"], "medium110": PUBLISHED["medium"], "large100": PUBLISHED["large"]}
+PUBLISHED |= {"small40": PUBLISHED["small"], "small42": PUBLISHED["small"]}
+PUBLISHED |= {"medium110": PUBLISHED["medium"], "large100": PUBLISHED["large"]}
 TITLES = {
     "small": "Two layers of 200 units, 11 epochs",
     "small40": "Two layers of 200 units, 40 epochs",
+    "small42": "Two layers of 200 units, 42 epochs, most at the full rate",
     "medium": "Two layers of 650 units",
     "large": "Two layers of 1500 units",
     "medium110": "Two layers of 650 units, 110 epochs",

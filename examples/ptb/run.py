@@ -166,7 +166,7 @@ def train(run: Run, args: argparse.Namespace, identity: dict[str, Any], deadline
         "fraction": run.fraction,
         **identity,
         "stamp": stamp(trainer.device),
-        # enough for a bootstrap of the text
+        # enough for an interval over the text
         "test_blocks": None if losses is None else [round(x, 5) for x in block_means(losses).tolist()],
         **result,
     }

@@ -72,6 +72,8 @@ Seeds 2 and 3 of the baseline and +AL were trained on a GPU.""",
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE
 and +REAL have an output bias. The baseline, +RE and the stronger loss were trained on a CPU, +AL and +REAL on a GPU,
 where dropout masks are others.""",
+    "small42": """\
+30 epochs at the full rate, then a quarter less an epoch. Unlike the paper's, +RE and +REAL have an output bias.""",
     "medium": """\
 The schedule of the Keras reimplementation, of 40 epochs. Unlike the paper's, +REAL has an output bias. Trained with
 tf32 products.""",
@@ -277,7 +279,7 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     yield f"## {TITLES[experiment]}"
     if experiment in NOTES:
         yield NOTES[experiment]
-    if experiment in ("readings", "small40", "long"):
+    if experiment in ("readings", "small40", "small42", "long"):
         yield by_epoch(figures)
     four = {name: run for name, run in figures.items() if run["label"] in VARIANTS}
     if four:

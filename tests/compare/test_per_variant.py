@@ -118,4 +118,7 @@ def test_command(text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert config["overrides"] == {"baseline": {"lr": 0.5}, "re": {"lr": 1.5}}
     assert (config["hidden"], config["dropout"]) == (8, 0.3)
     assert main(*argv, "--config", f"real={tied}") == 2
+    assert f"{tied} was searched for re, not for real" in capfd.readouterr().err
+    tied = write(tmp_path / "real.json", {"lr": 1.5}, tuned_for="real")
+    assert main(*argv, "--config", f"real={tied}") == 2
     assert "settings for variant real, which is not one of baseline,re" in capfd.readouterr().err

@@ -72,7 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="A/B test on your own text: baseline, augmented loss, reused embedding, both",
         description="Trains four variants of a small language model on the same text and reports perplexity, "
         "parameters, memory, speed and how sure the difference is. A run that was stopped is continued by the same "
-        "command.",
+        "command, without --fresh.",
     )
 
     option = functools.partial(add_option, parser, default, action=Given)

@@ -58,7 +58,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="search gamma, temperature, learning rate and dropout on your own text",
         description="Searches settings of one variant with Optuna (TPE, hopeless trials are pruned) on a slice of the "
         "text, a few epochs a trial. The first trial is the defaults. At the end the winner is compared with them "
-        "with other seeds on the test split. A search that was stopped is continued by the same command.",
+        "with other seeds on the test split. A search that was stopped is continued by the same command, "
+        "without --fresh.",
     )
     for flag, text, kind, metavar, shown in OPTIONS:
         add_option(parser, default, flag, text, kind, metavar, shown)

@@ -9,7 +9,7 @@ from .evidence import widest
 from .memory import EAGER_MATRICES
 from .settings import Settings, of_variant
 from .tables import number, span
-from .verdict import MARGIN, YES, best
+from .verdict import MARGIN, YES, best, diverged
 
 MIB = 1 << 20
 PRODUCTION_TOKENS = 8192  # of one step, for the memory to expect
@@ -29,13 +29,13 @@ def checklist(report: dict[str, Any], settings: Settings) -> list[dict[str, Any]
         return []
     v = variants[name]
     return [
-        _small(report, v, settings),
+        _small(report, v, settings, name),
         _real(report, v, settings, name),
         _production(report, v, name),
     ]
 
 
-def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: str) -> dict[str, Any]:
     evidence = v["evidence"]
     n = len(evidence["seeds"])
     seen = [
@@ -46,12 +46,18 @@ def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings) -> dic
         "tokens are unknown to it.",
     ]
     planned = max(SEEDS, len(report["config"]["seeds"]))
-    commands = [] if n >= SEEDS else [compare_command(settings, seeds=planned)]
+    lost = diverged(report["variants"], name, "baseline")
+    commands = [] if n >= SEEDS or lost else [compare_command(settings, seeds=planned)]
+    note = "It trains only what is missing." if commands else ""
+    if lost:
+        note = (
+            "A training diverged, and is not tried again: begin anew with a smaller --lr or --clip, and another --out."
+        )
     return {
         "stage": "Small A/B test (this report)",
         "seen": seen,
         "commands": commands,
-        "note": "It trains only what is missing." if commands else "",
+        "note": note,
         "go_on_if": f"The answer is Yes, that is, {YES} (here: {report['outcome']}); and the change is worth the "
         "training time it costs.",
         "monitor": [

@@ -12,8 +12,8 @@ def read_configs(arguments: Iterable[str], given: Container[str]) -> dict[str, A
     """Keywords for `Settings` from the arguments of `--config`; settings in `given` are left out.
 
     FILE holds settings for all variants. Of VARIANT=FILE, those in `OWN` become the variant's `overrides`; the others
-    are for all variants, and the files have to agree on them; "tuned_for" says nothing of the others. Raises
-    CompareError where the files do not agree.
+    are for all variants, and the files have to agree on them; "tuned_for" has to be the variant. Raises CompareError
+    where the files do not agree, or one was searched for another variant.
     """
     common: dict[str, tuple[Any, str]] = {}  # setting -> value, file
     overrides: dict[str, dict[str, Any]] = {}
@@ -24,7 +24,13 @@ def read_configs(arguments: Iterable[str], given: Container[str]) -> dict[str, A
         own = overrides.setdefault(variant, {}) if file is rest else None
         if own:
             raise CompareError(f"--config {argument}: variant {variant} has a file already")
-        for setting, value in load_config(file).items():
+        found = load_config(file)
+        if own is not None and found.get("tuned_for", variant) != variant:
+            raise CompareError(
+                f"--config {argument}: {file} was searched for {found['tuned_for']}, not for {variant}; without "
+                "tuned_for in it, it is taken for any"
+            )
+        for setting, value in found.items():
             if setting in given or (own is not None and setting == "tuned_for"):
                 continue
             if own is not None and setting in OWN:

@@ -75,14 +75,14 @@ def build(
             "test_ppl": found and found["percent"],
             "parameters": _change(v, variants.get("baseline"), "parameters"),
         }
-    outcome, sentences = verdict(variants, n_seeds, corpus)
+    outcome, sentences = verdict(variants, n_seeds, corpus, fresh=request.fresh)
     report = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "status": "complete" if all(v["status"] == "done" for v in variants.values()) else "partial",
         "verdict": sentences,
         "outcome": outcome,
-        "limits": limits(variants, request.tuned_for, own=bool(config.get("overrides")), model=config.get("model")),
+        "limits": limits(variants, request.tuned_for, own=config.get("overrides") or (), model=config.get("model")),
         "config": config,
         "corpus": corpus,
         "environment": environment,

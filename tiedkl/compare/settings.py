@@ -153,6 +153,8 @@ class Settings:
                 raise CompareError(f"settings for variant {variant}, which is not one of {','.join(self.variants)}")
             if other := sorted(values.keys() - set(OWN)):
                 raise CompareError(f"variant {variant}: {', '.join(other)}: only {', '.join(OWN)} may differ")
+            if empty := sorted(name for name, value in values.items() if value is None):
+                raise CompareError(f"variant {variant}: {', '.join(empty)}: expected a number")
             try:
                 replace(self, overrides=None, **values)
             except TypeError as error:

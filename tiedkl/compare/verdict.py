@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from .evidence import widest
@@ -12,7 +13,7 @@ MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
 UNKNOWN = 10.0  # per cent of the test tokens, from which the verdict speaks of unknown words
 # per cent of cross-entropy; LSTMs (examples/ptb) with the default initial embedding and alpha * KL up to 1.5% came out
-# within a per cent of those without the loss on test, with 1.6 to 9% better but for two, and failed from 12%
+# within a per cent of those without the loss on test, with 1.6 to 9% better but for three, and failed from 12%
 FAINT, STRONG = 2.0, 10.0
 YES = (
     "with two seeds or more, none of which diverged, the variant is better by "
@@ -67,12 +68,16 @@ def best(variants: dict[str, Any]) -> str | None:
 
 
 def limits(
-    variants: dict[str, Any], tuned_for: str | None = None, *, own: bool = False, model: str | None = None
+    variants: dict[str, Any],
+    tuned_for: str | None = None,
+    *,
+    own: Collection[str] = (),
+    model: str | None = None,
 ) -> list[str]:
     """What a comparison cannot tell, with the seeds that are finished so far.
 
-    tuned_for: the variant that the settings were searched for, None where they were not searched. own: whether variants
-    have settings of their own. model: that of `Settings`.
+    tuned_for: the variant that the settings were searched for, None where they were not searched. own: the variants
+    that have settings of their own. model: that of `Settings`.
     """
     n_seeds = min((len(v["seeds_done"]) for v in variants.values() if v["seeds_done"]), default=0)
     if n_seeds == 0:
@@ -84,15 +89,26 @@ def limits(
     return [
         first,
         "A small model and a short training; larger models and longer training can change the order of the variants.",
-        "Variants have settings of their own: a better search for one of them can change the answer."
-        if own
-        else _fairness(tuned_for, model),
+        *(_own_settings(variants, own) if own else ()),
+        *(() if own and tuned_for is None else (_fairness(tuned_for, model),)),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
         "Speed is that of the whole training step on this machine, including the network around the loss; memory "
         "leaves out the activations of the network.",
     ]
+
+
+def _own_settings(variants: dict[str, Any], own: Collection[str]) -> list[str]:
+    """What settings of their own do to a comparison, and whom it favours that others have none."""
+    sentences = ["Variants have settings of their own: a better search for one of them can change the answer."]
+    mine, common = ([VARIANTS[name].label for name in variants if (name in own) is has] for has in (True, False))
+    if mine and common:
+        sentences.append(
+            f"{_list(common, 'has', 'have')} the settings that are common to all, without a search for them alone, "
+            f"which favours {' and '.join(mine)}."
+        )
+    return sentences
 
 
 def _fairness(tuned_for: str | None, model: str | None) -> str:
@@ -110,11 +126,14 @@ def _fairness(tuned_for: str | None, model: str | None) -> str:
     )
 
 
-def verdict(variants: dict[str, Any], n_seeds: int, corpus: dict[str, Any]) -> tuple[str, list[str]]:
+def verdict(
+    variants: dict[str, Any], n_seeds: int, corpus: dict[str, Any], *, fresh: bool = False
+) -> tuple[str, list[str]]:
     """(outcome, sentences for a reader who knows nothing of language models; the first is the answer).
 
-    The outcome is "nothing" without a variant to compare, else what `decide` says of the best. n_seeds: planned.
-    corpus: `Corpus.facts`.
+    The outcome is "nothing" without a variant to compare, else what `decide` says of the best; but where that is worse
+    and another is unfinished or undecided, which may be better, "undecided". n_seeds: planned. corpus: `Corpus.facts`.
+    fresh: whether the command has --fresh, which discards what is there.
     """
     done = {name: v for name, v in variants.items() if v["seeds_done"]}
     missing = [v["label"] for v in variants.values() if v["status"] not in ("done", "diverged")]
@@ -122,7 +141,9 @@ def verdict(variants: dict[str, Any], n_seeds: int, corpus: dict[str, Any]) -> t
     sentences: list[str] = []
     if name is not None:
         outcome = outcomes(variants)[name]
-        sentences = _against_baseline(variants, name, outcome, corpus)
+        rivals = _rivals(variants, name)
+        sentences = _against_baseline(variants, name, outcome, corpus, rivals)
+        outcome = "undecided" if rivals else outcome
     elif len(done) >= 2:
         first = min(done.values(), key=lambda v: v["test_ppl"])
         baseline = "has not been trained to the end" if "baseline" in variants else "was not part of this test"
@@ -134,7 +155,8 @@ def verdict(variants: dict[str, Any], n_seeds: int, corpus: dict[str, Any]) -> t
         sentences.append("There is nothing to compare yet: fewer than two variants have been trained to the end.")
     if missing:
         of = "" if n_seeds == 1 else f" with all {n_seeds} seeds"
-        sentences.append(f"The test is incomplete: {_list(missing)} not finished{of}. The same command continues it.")
+        again = "The same command without --fresh" if fresh else "The same command"
+        sentences.append(f"The test is incomplete: {_list(missing)} not finished{of}. {again} continues it.")
     if lost := diverged(variants):
         runs = ", ".join(f"{label} with seed {seed} in epoch {epoch}" for label, seed, epoch in lost)
         sentences.append(
@@ -154,9 +176,19 @@ def diverged(variants: dict[str, Any], *names: str) -> list[tuple[str, int, int]
     ]
 
 
-def _against_baseline(variants: dict[str, Any], name: str, outcome: str, corpus: dict[str, Any]) -> list[str]:
+def _rivals(variants: dict[str, Any], name: str) -> list[str]:
+    """Labels of variants that may yet be better than the baseline where `name`, the best, is proven to be worse."""
+    found = outcomes(variants)
+    if found[name] not in ("no", "one seed") or variants[name]["evidence"]["percent"] < MARGIN:
+        return []
+    return [v["label"] for n, v in variants.items() if n != "baseline" and found.get(n, "undecided") == "undecided"]
+
+
+def _against_baseline(
+    variants: dict[str, Any], name: str, outcome: str, corpus: dict[str, Any], rivals: list[str]
+) -> list[str]:
     v, base = variants[name], variants["baseline"]
-    sentences = [_answer(v, outcome, diverged(variants, name, "baseline"))]
+    sentences = [_answer(v, outcome, diverged(variants, name, "baseline"), rivals)]
     if outcome == "one seed":
         sentences.append("Whether another random seed says the same is not known: --seeds 3 finds out.")
     if v["tied"]:
@@ -170,13 +202,23 @@ def _against_baseline(variants: dict[str, Any], name: str, outcome: str, corpus:
     if (unknown := 100 * corpus["oov_rate"]["test"]) > UNKNOWN:
         sentences.append(
             f"{unknown:.0f}% of the test tokens are words outside the vocabulary, all of them <unk>: much of what is "
-            "compared is how well that is predicted. A larger --vocab-size, or --tokenizer, may change the answer."
+            f"compared is how well that is predicted. {_wider_vocabulary(corpus)} may change the answer."
         )
     sentences += _early(variants, name, corpus)
-    if not (v["augmented"] and outcome in ("yes", "one seed") and v["evidence"]["percent"] <= -MARGIN):
+    better = [n for n, said in outcomes(variants).items() if said in ("yes", "one seed")]
+    if not any(variants[n]["augmented"] and variants[n]["evidence"]["percent"] <= -MARGIN for n in better):
         sentences += _strength(variants)
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
     return sentences
+
+
+def _wider_vocabulary(corpus: dict[str, Any]) -> str:
+    """What can make fewer words unknown."""
+    if "tokens_per_word" in corpus["vocabulary_facts"]:
+        return "Another --tokenizer"
+    if "<unk>" in (word for word, _ in corpus["unknown_words"]):
+        return "The text as it was before somebody put <unk> into it, or --tokenizer,"
+    return "A larger --vocab-size, or --tokenizer,"
 
 
 def _early(variants: dict[str, Any], name: str, corpus: dict[str, Any]) -> list[str]:
@@ -223,10 +265,10 @@ def _briefly(v: dict[str, Any], outcome: str) -> str:
     return f"{v['label']} {change} ({interval}; {IN_WORDS[outcome]})"
 
 
-def _answer(v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]]) -> str:
+def _answer(v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]], rivals: list[str]) -> str:
     """The first sentence: the outcome, the size of the change, and its proof in brackets.
 
-    lost: the runs of the variant and of the baseline that diverged.
+    lost: the runs of the variant and of the baseline that diverged. rivals: `_rivals`.
     """
     evidence, label, sure = v["evidence"], v["label"], widest(v["evidence"])
     n_seeds, change, (low, high) = len(evidence["seeds"]), evidence["percent"], sure["percent"]
@@ -254,8 +296,12 @@ def _answer(v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]]) -
     if change < 0:
         text = "the test text" if outcome == "one seed" else "unseen text"
         return f"{start}: {label} predicts {text} {-change:.1f}% better than the baseline ({proof})."
+    if rivals:
+        rest = _list(rivals, "does", "do")
+        return f"Undecided: {label} is {change:.1f}% worse than the baseline ({proof}), but what {rest} is not known."
     return f"{start}: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({proof})."
 
 
-def _list(names: list[str]) -> str:
-    return names[0] + " is" if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]} are"
+def _list(names: list[str], one: str = "is", more: str = "are") -> str:
+    """The names and their verb."""
+    return f"{names[0]} {one}" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} {more}"

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compare.checklist import SEEDS
 from ..compare.command import OUT, compare_command, config, options, search_of_all
 from ..compare.evidence import widest
 from ..compare.markdown import rows as markdown_rows
@@ -35,7 +36,7 @@ KEPT = (  # what a learning rate, a temperature and gamma go with
     "model", "hidden", "layers", "batch", "bptt", "lr_decay", "clip", "vocab_size", "min_count",
 )  # fmt: skip
 FAIR = "For a fair test each variant needs a search of its own:"
-NOT_YET = "Other seeds were not tried yet: the same command goes on with the search and the check."
+NOT_YET = "Other seeds were not tried yet: the same command, without --fresh, goes on with the search and the check."
 
 
 def complete(study: Any) -> list[Any]:
@@ -193,10 +194,12 @@ def commands(settings: TuneSettings) -> list[str]:
     search = replace(settings, variant=other, out=str(out), search=searched, fresh=False)
     # the rest is in best.json
     again = Settings(data=settings.data, impl=settings.impl, device=settings.device, threads=settings.threads)
+    fair = compare_command(again, variants=(other, own), seeds=SEEDS, out="tuned")
     return [
-        compare_command(again) + config(best),
+        compare_command(again, seeds=SEEDS, out=f"tuned-{own}") + config(best),
         f"tiedkl tune{options(search)}",
-        compare_command(again, variants=(other, own)) + config(out / BEST, other) + config(best, own),
+        fair + config(out / BEST, other) + config(best, own),
+        +config(out / BEST, other) + config(best, own),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -166,8 +167,9 @@ def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[]
     Both are None where the training diverged, and `diverged` says when it did.
     """
     name = f"check-{trial.number}-{seed}"
+    made_for = json.dumps([task.identity, trial.params], sort_keys=True)
     kept = store.load(name, torch.device("cpu"))
-    if kept is None:
+    if kept is None or kept.get("made_for") != made_for:
         if over():
             return None
         try:
@@ -177,5 +179,5 @@ def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[]
             return None
         except Diverged as error:
             kept = {"valid_ppl": None, "losses": None, "diverged": str(error)}
-        store.save(name, kept)
+        store.save(name, kept | {"made_for": made_for})
     return kept

@@ -36,7 +36,7 @@ def optuna() -> Any:
 
 def clear(out: Path) -> None:
     """Remove a study and what was made from it."""
-    for file in (*(out / name for name in (DATABASE, BEST, TABLE)), *out.glob("check-*.pt")):
+    for file in (*out.glob("check-*.pt"), *(out / name for name in (DATABASE, BEST, TABLE))):
         file.unlink(missing_ok=True)
 
 

@@ -199,7 +199,6 @@ def commands(settings: TuneSettings) -> list[str]:
         compare_command(again, seeds=SEEDS, out=f"tuned-{own}") + config(best),
         f"tiedkl tune{options(search)}",
         fair + config(out / BEST, other) + config(best, own),
-        +config(out / BEST, other) + config(best, own),
     ]
 
 

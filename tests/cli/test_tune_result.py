@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,6 +259,19 @@ def test_check_of_a_search_that_time_ended(toy: Any, trainings: Trainings, monke
     assert found["verdict"][1].endswith("does it; --trials 2 without --timeout checks at once.")
     assert tune(toy(trials=2, check=2))["verdict"][1].startswith("It holds with 2 other seeds")
     assert [seed for _, seed in trainings] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_check_of_another_study_is_not_taken(toy: Any, trainings: Trainings, tmp_path: Path) -> None:
+    """Its files are called the same, and stay where only a database was removed."""
+    tune(toy(trials=2, check=1))
+    assert [seed for _, seed in trainings] == [1, 1, 2, 2]
+    for name, hidden, checks in (("same", TOY["hidden"], []), ("other", 2 * TOY["hidden"], [2, 2])):
+        trainings.clear()
+        (tmp_path / name).mkdir()
+        for file in (tmp_path / "out").glob("check-*.pt"):
+            shutil.copy(file, tmp_path / name)
+        tune(toy(trials=2, check=1, hidden=hidden, out=str(tmp_path / name)))
+        assert [seed for _, seed in trainings] == [1, 1, *checks]
 
 
 def test_no_check_is_said(toy: Any, trainings: Trainings) -> None:

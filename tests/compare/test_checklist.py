@@ -17,7 +17,7 @@ from tiedkl.compare.settings import parse_variants
 from tiedkl.compare.tables import number
 from tiedkl.tune import TuneSettings
 
-from .made import built, three
+from .made import built, run, three
 from .test_budget import fixed_speed
 
 OTHER: dict[str, Any] = {
@@ -163,6 +163,15 @@ def test_seeds_that_are_planned_stay_planned() -> None:
     data = built(5, Settings(seeds=5), baseline=three(100.0)[:1], re=three(90.0)[:1])
     assert data["checklist"][0]["commands"] == ["tiedkl compare --seeds 5"]
     assert data["checklist"][0]["note"]
+
+
+@pytest.mark.parametrize("who", ["re", "baseline"])
+def test_a_seed_that_diverged_is_not_asked_for_again(who: str) -> None:
+    runs = {"baseline": three(100.0), "re": three(90.0)}
+    runs[who][1] = run(120.0, None, seed=2, status="diverged")
+    small = built(3, **runs)["checklist"][0]
+    assert small["commands"] == []
+    assert small["note"].startswith("A training diverged, and is not tried again")
 
 
 @pytest.mark.parametrize(

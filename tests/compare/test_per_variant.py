@@ -64,6 +64,7 @@ def test_files_that_cannot_go_together(tmp_path: Path) -> None:
             "hidden: only lr, dropout, embedding_range, temperature, gamma may differ",
         ),
         ({"real": {"lr": -1.0}}, "variant real: lr=-1.0"),
+        ({"real": {"lr": None, "gamma": 1.0}}, "variant real: lr: expected a number"),
         ({"real": {"lr": "fast"}}, "variant real: a setting has the wrong type"),
         ({"real": 3}, "expected an object of settings for each variant"),
         ([], "expected an object of settings for each variant"),

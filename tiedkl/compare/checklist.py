@@ -47,12 +47,13 @@ def _small(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: 
     ]
     planned = max(SEEDS, len(report["config"]["seeds"]))
     lost = diverged(report["variants"], name, "baseline")
-    commands = [] if n >= SEEDS or lost else [compare_command(settings, seeds=planned)]
-    note = "It trains only what is missing." if commands else ""
+    commands, note = [], ""
     if lost:
         note = (
             "A training diverged, and is not tried again: begin anew with a smaller --lr or --clip, and another --out."
         )
+    elif n < SEEDS:
+        commands, note = [compare_command(settings, seeds=planned)], "It trains only what is missing."
     return {
         "stage": "Small A/B test (this report)",
         "seen": seen,

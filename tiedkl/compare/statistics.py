@@ -73,8 +73,8 @@ def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
 
 def student(mean: float, error: float, df: int) -> Interval:
     """The interval of an estimate whose standard error has `df` degrees of freedom."""
-    margin = t_quantile(min(df, MAX_DF)) * error
-    p = two_sided_p(mean / error, min(df, MAX_DF)) if error else float(mean == 0)
+    margin = t_quantile(df) * error
+    p = two_sided_p(mean / error, df) if error else float(mean == 0)
     return Interval(mean, mean - margin, mean + margin, p, error, df)
 
 
@@ -155,7 +155,8 @@ def over_text(differences: Tensor, *, length: int | None = None) -> Interval:
         return student(mean, math.inf, 1)
     ends = torch.cat([d.new_zeros(1), torch.cat([d, d[: length - 1]]).cumsum(0)])
     means = (ends[length:] - ends[:-length]) / length
-    return student(mean, math.sqrt(float((means - mean).square().mean()) / (n_blocks - 1)), math.floor(n_blocks) - 1)
+    error = math.sqrt(float((means - mean).square().mean()) / (n_blocks - 1))
+    return student(mean, error, min(math.floor(n_blocks) - 1, MAX_DF))
 
 
 def margin_of_error(seeds: Interval, text: Interval, confidence: float = CONFIDENCE) -> float:
@@ -168,7 +169,7 @@ def margin_of_error(seeds: Interval, text: Interval, confidence: float = CONFIDE
     error = math.hypot(seeds.error, text.error)
     share = (seeds.error / error) ** 2 if error else 0.0
     t = share * t_quantile(seeds.df, confidence) if share else 0.0
-    return error * (t + (1 - share) * t_quantile(min(text.df, MAX_DF), confidence))
+    return error * (t + (1 - share) * t_quantile(text.df, confidence))
 
 
 def over_both(seeds: Interval, text: Interval) -> Interval:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from .evidence import widest
@@ -89,8 +89,7 @@ def limits(
     return [
         first,
         "A small model and a short training; larger models and longer training can change the order of the variants.",
-        *(_own_settings(variants, own) if own else ()),
-        *(() if own and tuned_for is None else (_fairness(tuned_for, model),)),
+        *_fairness(variants, tuned_for, own, model),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
@@ -99,24 +98,28 @@ def limits(
     ]
 
 
-def _own_settings(variants: dict[str, Any], own: Collection[str]) -> list[str]:
-    """What settings of their own do to a comparison, and whom it favours that others have none."""
-    sentences = ["Variants have settings of their own: a better search for one of them can change the answer."]
+def _fairness(
+    variants: dict[str, Any], tuned_for: str | None, own: Collection[str], model: str | None
+) -> Iterator[str]:
+    """Whom the settings favour; the arguments are those of `limits`."""
+    if own:
+        yield "Variants have settings of their own: a better search for one of them can change the answer."
     mine, common = ([VARIANTS[name].label for name in variants if (name in own) is has] for has in (True, False))
     if mine and common:
-        sentences.append(
+        yield (
             f"{_list(common, 'has', 'have')} the settings that are common to all, without a search for them alone, "
             f"which favours {' and '.join(mine)}."
         )
-    return sentences
-
-
-def _fairness(tuned_for: str | None, model: str | None) -> str:
-    if tuned_for is None:
+    if tuned_for is not None:
+        yield _searched_for(tuned_for)
+    elif not own:
         text = "The settings are common to all variants, not tuned for each."
         if model == "lstm":
             text += " On little text one of them, --embedding-range, can matter more than the variant."
-        return text
+        yield text
+
+
+def _searched_for(tuned_for: str) -> str:
     baseline = tuned_for == "baseline"
     favoured = "the baseline" if baseline else VARIANTS[tuned_for].label
     others, own = ("the other variants use", "their") if baseline else ("the baseline uses", "its")

@@ -88,24 +88,26 @@ def _four(experiment: str, settings: dict[str, Any], seeds: Iterable[int] = SEED
     return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in VARIANTS]
 
 
-def _on_a_sixteenth(
+def _changed(
     experiment: str,
+    base: dict[str, Any],
     label: str,
     variant: str = "real",
     *,
     seed: int,
+    fraction: float,
     loss: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Run:
-    """A run of the small model on a sixteenth of the text, with some settings of its own."""
-    return Run(experiment, label, variant, seed, SIXTEENTH | settings, fraction=1 / 16, loss=loss or {})
+    """A run on a part of the text with `base` and some settings of its own."""
+    return Run(experiment, label, variant, seed, base | settings, fraction=fraction, loss=loss or {})
 
 
 def _sixteenth() -> Iterator[Run]:
     """The small model on a sixteenth of the text: the four variants, and the others with one change at a time."""
     for seed in SEEDS:
         yield from _four("sixteenth", SIXTEENTH, [seed], fraction=1 / 16)
-        run = partial(_on_a_sixteenth, "sixteenth", seed=seed)
+        run = partial(_changed, "sixteenth", SIXTEENTH, seed=seed, fraction=1 / 16)
         for smoothing in (0.05, 0.1):
             yield run(f"re,smoothing={smoothing}", "re", loss={"label_smoothing": smoothing})
         yield run("target_grad", loss={"target_grad": True})
@@ -157,17 +159,20 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
         yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss=TARGET_GRAD, **more)
 
 
-def _wide() -> Iterator[Run]:
-    """As `sixteenth`, each variant from the embedding, of +-0.1, +-0.3 and +-1, that is best for it on validation."""
-    tied, untied = 0.3, 1.0
-    run = partial(_on_a_sixteenth, "wide")
+def _wide(experiment: str, base: dict[str, Any], *, untied: float, fraction: float) -> Iterator[Run]:
+    """As `base`, each variant from the embedding, of +-0.1, +-0.3 and +-1, that is best for it on validation.
+
+    That is +-0.3 with tied weights; `untied` without. The other of the two has one seed.
+    """
+    tied, both = 0.3, {0.3, 1.0}
+    run = partial(_changed, experiment, base, fraction=fraction)
     for seed in SEEDS:
         for name, variant in VARIANTS.items():
             yield run(name, name, seed=seed, embedding_range=tied if variant.tied else untied)
         yield run("al,gamma=4", "al", seed=seed, embedding_range=untied, gamma=4.0)
         yield run("target_grad,gamma=4", seed=seed, embedding_range=tied, gamma=4.0, loss=TARGET_GRAD)
     for name, variant in VARIANTS.items():
-        other = untied if variant.tied else tied
+        (other,) = both - {tied if variant.tied else untied}
         label = f"embedding={other:g}"
         yield run(label if name == "real" else f"{name},{label}", name, seed=1, embedding_range=other)
 
@@ -186,7 +191,8 @@ def experiments() -> dict[str, list[Run]]:
             for p in (0.3, 0.7)
         ],
         "sixteenth": list(_sixteenth()),
-        "wide": list(_wide()),
+        "wide": list(_wide("wide", SIXTEENTH, untied=1.0, fraction=1 / 16)),
+        "wide_quarter": list(_wide("wide_quarter", QUARTER, untied=1.0, fraction=1 / 4)),
         "long": _four("long", LONG, fraction=1 / 16),
         "quarter": list(_and_more("quarter", QUARTER, fraction=1 / 4)),
         # on a sixteenth it learns word frequencies and no more

@@ -1,4 +1,4 @@
-"""The tables and curves in results/, from the figures of run.py, predictions.py and subspaces.py.
+"""The tables and curves in results/ and the table in README.md, from the figures of run.py and the other scripts.
 
 python examples/ptb/tables.py
 """
@@ -27,13 +27,14 @@ from tiedkl.compare.tables import number, span
 from tiedkl.compare.verdict import LEVEL
 
 RESULTS = Path(__file__).parent / "results"
-PUBLISHED = {  # validation and test perplexity on the Penn Treebank, Inan et al. (2017), Table 1
-    "small": {"baseline": (92.6, 87.3), "al": (86.3, 82.9), "re": (89.9, 85.1), "real": (86.3, 82.7)},
-    "medium": {"baseline": (82.0, 77.7), "al": (77.4, 74.7), "re": (77.1, 73.9), "real": (75.7, 73.2)},
-    "large": {"baseline": (76.8, 72.6), "al": (74.5, 71.2), "re": (72.5, 69.0), "real": (71.1, 68.5)},
+README = Path(__file__).parent / "README.md"
+PUBLISHED = {  # units -> validation and test perplexity on the Penn Treebank, Inan et al. (2017), Table 1
+    200: {"baseline": (92.6, 87.3), "al": (86.3, 82.9), "re": (89.9, 85.1), "real": (86.3, 82.7)},
+    650: {"baseline": (82.0, 77.7), "al": (77.4, 74.7), "re": (77.1, 73.9), "real": (75.7, 73.2)},
+    1500: {"baseline": (76.8, 72.6), "al": (74.5, 71.2), "re": (72.5, 69.0), "real": (71.1, 68.5)},
 }
-PUBLISHED |= {"small40": PUBLISHED["small"], "small42": PUBLISHED["small"]}
-PUBLISHED |= {"medium110": PUBLISHED["medium"], "large100": PUBLISHED["large"]}
+# units of the trainings on all of the text
+UNITS = {"small": 200, "small40": 200, "small42": 200, "medium": 650, "medium110": 650, "large": 1500, "large100": 1500}
 TITLES = {
     "small": "Two layers of 200 units, 11 epochs",
     "small40": "Two layers of 200 units, 40 epochs",
@@ -101,6 +102,7 @@ The schedule of the Keras reimplementation: the rate falls by a tenth an epoch a
 CONTROLS = ("real", "al", "re", "baseline")
 NOT_OF_THE_LOSS = ("no bias", "embedding=")  # parts of a label that a run without the loss has too
 WITHOUT_LOSS = {"al": "baseline", "real": "re"}  # the label of the same model without the augmented loss
+BEGIN, END = "<!-- against the paper: python examples/ptb/tables.py -->", "<!-- end of against the paper -->"
 Figures = dict[str, Any]  # of the runs of one experiment, by name
 
 
@@ -188,6 +190,46 @@ def table(figures: Figures, control: str = "baseline", published: dict[str, tupl
 def name_of(label: str) -> str:
     """+REAL for `real`; what is not a variant is the name of a change."""
     return VARIANTS[label].label if label in VARIANTS else f"`{label}`"
+
+
+def against_paper(found: dict[str, Figures]) -> str:
+    """Of each size and variant the training that is best on validation, stopped ones too, beside the published figures.
+
+    With the published loss, the embedding in its usual range.
+    """
+    columns = ["units", "", "validation", "paper", "difference", "test", "paper", "difference", "training"]
+    rows = []
+    for units, published in PUBLISHED.items():
+        for label, paper in published.items():
+            runs = [
+                (run.result, experiment)
+                for experiment, figures in found.items()
+                for run in runs_of(figures, label)
+                if UNITS.get(experiment) == units and run.result["valid_ppl"]
+            ]
+            if not runs:
+                cells = [cell for of_paper in paper for cell in ("-", f"{of_paper:.1f}", "-")]
+                rows.append([f"{units:,}", name_of(label), *cells, "not trained"])
+                continue
+            best, experiment = min(runs, key=lambda pair: pair[0]["valid_ppl"])
+            cells = []
+            for key, of_paper in zip(("valid_ppl", "test_ppl"), paper, strict=True):
+                ours = best[key]
+                difference = None if ours is None else 100 * (ours / of_paper - 1)
+                cells += [number(ours, ".2f"), f"{of_paper:.1f}", number(difference, "+.1f", "%")]
+            stopped = "" if best["status"] == "done" else f", stopped after {best['epochs_done']:.0f}"
+            which = f"`{experiment}`, seed {best['seed']}, {best['epochs_planned']} epochs{stopped}"
+            rows.append([f"{units:,}", name_of(label), *cells, which])
+    return markdown(columns, rows)
+
+
+def with_table(readme: str, new: str) -> str:
+    """The text of examples/ptb/README.md with its table of the paper's figures as it should be."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"README.md lacks {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
 
 
 def by_fraction(found: dict[str, Figures]) -> list[str]:
@@ -283,7 +325,7 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
         yield by_epoch(figures)
     four = {name: run for name, run in figures.items() if run["label"] in VARIANTS}
     if four:
-        yield table(four, published=PUBLISHED.get(experiment))
+        yield table(four, published=PUBLISHED.get(UNITS.get(experiment, 0)))
         yield f"![Validation perplexity]({experiment}.svg)"
     for control in CONTROLS if four else ():
         if kept := with_one_change(figures, control):
@@ -294,11 +336,16 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     yield source(f"run.py {experiment}", (run["stamp"] for run in figures.values()))
 
 
+def all_figures(results: Path) -> dict[str, Figures]:
+    """The runs of every experiment that has any."""
+    return {experiment: figures for experiment in TITLES if (figures := read(results / f"{experiment}.json"))}
+
+
 def page(results: Path) -> tuple[str, dict[str, Callable[[], str]]]:
     """The text of README.md, and by file name what paints its pictures, of everything that has figures."""
     pictures: dict[str, Callable[[], str]] = {}
     parts = ["# Results", ABOUT]
-    found = {experiment: figures for experiment in TITLES if (figures := read(results / f"{experiment}.json"))}
+    found = all_figures(results)
     for experiment, figures in found.items():
         parts += parts_of(experiment, figures)
         if any(run["label"] in VARIANTS for run in figures.values()):
@@ -320,14 +367,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing, exit 1 when results/README.md is not current"
+        "--check", action="store_true", help="write nothing, exit 1 when a page is not what the figures give"
     )
     args = parser.parse_args()
     text, pictures = page(args.results)
-    readme = args.results / "README.md"
+    pages = {args.results / "README.md": text}
+    if args.results == RESULTS:
+        pages[README] = with_table(README.read_text("utf-8"), against_paper(all_figures(RESULTS)))
     if args.check:
-        return int(not readme.exists() or readme.read_text("utf-8") != text)
-    readme.write_text(text, "utf-8")
+        return int(any(not file.exists() or file.read_text("utf-8") != new for file, new in pages.items()))
+    for file, new in pages.items():
+        file.write_text(new, "utf-8")
     for name, paint in pictures.items():
         (args.results / name).write_text(as_file(paint()), "utf-8")
     print(text)

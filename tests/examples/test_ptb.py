@@ -327,6 +327,29 @@ def test_a_table_compares_with_its_control(modules: Any) -> None:
     assert modules["tables"].table(runs).splitlines()[3].startswith("| +AL | 1,000 | 1 | 3 | - | 95.00 | ")
 
 
+def test_the_papers_figures_stand_beside_the_best_training_on_validation(modules: Any) -> None:
+    def run(label: str, valid: float | None, test: float | None, **more: Any) -> dict[str, Any]:
+        done = {"status": "done", "seed": 1, "epochs_done": 40.0, "epochs_planned": 40}
+        return done | {"label": label, "valid_ppl": valid, "test_ppl": test, "test_blocks": [1.0]} | more
+
+    figures = {
+        "small": {"a": run("re", 101.0, 80.0), "b": run("gamma=4", 10.0, 10.0)},
+        "small40": {"a": run("re", 89.0, 85.1)},
+        "wide": {"a": run("re", 50.0, 50.0)},  # a part of the text is not the paper's training
+        "large": {"a": run("real", 71.1, None, status="partial", epochs_done=30.4)},
+        "medium": {"a": run("al", None, None, status="partial", epochs_done=0.5)},
+    }
+    lines = modules["tables"].against_paper(figures).splitlines()
+    rows = {tuple(cells[:2]): cells[2:] for line in lines[2:] if (cells := line.strip("| ").split(" | "))}
+    assert len(rows) == 12
+    assert rows["200", "+RE"] == ["89.00", "89.9", "-1.0%", "85.10", "85.1", "0.0%", "`small40`, seed 1, 40 epochs"]
+    stopped = "`large`, seed 1, 40 epochs, stopped after 30"
+    assert rows["1,500", "+REAL"] == ["71.10", "71.1", "0.0%", "-", "68.5", "-", stopped]
+    assert rows["650", "+AL"] == ["-", "77.4", "-", "-", "74.7", "-", "not trained"]
+    with pytest.raises(SystemExit, match="lacks"):
+        modules["tables"].with_table("no marks", "x")
+
+
 def test_every_run_has_a_name_of_its_own(modules: Any) -> None:
     names = [run.name for runs in modules["experiments"].experiments().values() for run in runs]
     assert len(names) == len(set(names))
@@ -365,3 +388,6 @@ def test_the_committed_page_is_that_of_the_committed_figures(modules: Any) -> No
     text, pictures = modules["tables"].page(results)
     assert text == (results / "README.md").read_text("utf-8")
     assert set(pictures) == {file.name for file in results.glob("*.svg")}
+    readme = (FOLDER / "README.md").read_text("utf-8")
+    tables = modules["tables"]
+    assert tables.with_table(readme, tables.against_paper(tables.all_figures(results))) == readme

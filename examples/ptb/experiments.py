@@ -145,18 +145,25 @@ def _stronger(experiment: str, settings: dict[str, Any], seed: int, **more: Any)
     ]
 
 
+def _without_bias(experiment: str, settings: dict[str, Any], seed: int, **more: Any) -> list[Run]:
+    """The tied variants as the paper has them, +REAL with either target."""
+    without = settings | {"tied_bias": False}
+    return [
+        Run(experiment, "re,no bias", "re", seed, without, **more),
+        Run(experiment, "no bias", "real", seed, without, **more),
+        Run(experiment, "target_grad,no bias", "real", seed, without, loss=TARGET_GRAD, **more),
+    ]
+
+
 def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
     """The four variants; both losses with eight times the published strength; and what a missing bias does.
 
     A seed after another.
     """
-    no_bias = settings | {"tied_bias": False}
     for seed in SEEDS:
         yield from _four(experiment, settings, [seed], **more)
         yield from _stronger(experiment, settings, seed, **more)
-        yield Run(experiment, "re,no bias", "re", seed, no_bias, **more)
-        yield Run(experiment, "no bias", "real", seed, no_bias, **more)
-        yield Run(experiment, "target_grad,no bias", "real", seed, no_bias, loss=TARGET_GRAD, **more)
+        yield from _without_bias(experiment, settings, seed, **more)
 
 
 def _wide(experiment: str, base: dict[str, Any], *, untied: float, fraction: float) -> Iterator[Run]:
@@ -182,7 +189,11 @@ def experiments() -> dict[str, list[Run]]:
     small = PAPER | SIZES["small"]
     small40 = small | {name: PAPER[name] for name in ("epochs", "lr_decay")}
     return {
-        "small": [*_four("small", small), *(r for seed in SEEDS for r in reversed(_stronger("small", small, seed)))],
+        "small": [
+            *_four("small", small),
+            *(r for seed in SEEDS for r in reversed(_without_bias("small", small, seed))),
+            *(r for seed in SEEDS for r in reversed(_stronger("small", small, seed))),
+        ],
         "small40": [*_four("small40", small40, [1]), *reversed(_stronger("small40", small40, 1))],
         "small42": [r for seed in SEEDS for r in _four("small42", SMALL42, [seed])[::-1]],  # +REAL first
         "readings": [  # of the dropout figure 0.7: a probability of keeping, or of dropping

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tiedkl.compare.settings import VARIANTS
+from tiedkl.compare.settings import PAPER_VARIANTS, VARIANTS
 
 PAPER: dict[str, Any] = {
     "model": "lstm",
@@ -85,7 +85,7 @@ class Run:
 
 
 def _four(experiment: str, settings: dict[str, Any], seeds: Iterable[int] = SEEDS, **more: Any) -> list[Run]:
-    return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in VARIANTS]
+    return [Run(experiment, variant, variant, seed, settings, **more) for seed in seeds for variant in PAPER_VARIANTS]
 
 
 def _changed(
@@ -156,7 +156,7 @@ def _without_bias(experiment: str, settings: dict[str, Any], seed: int, **more: 
 
 
 def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
-    """The four variants; both losses with eight times the published strength; and what a missing bias does.
+    """The four variants; both losses with eight times the published strength; no bias; label smoothing instead.
 
     A seed after another.
     """
@@ -164,6 +164,7 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
         yield from _four(experiment, settings, [seed], **more)
         yield from _stronger(experiment, settings, seed, **more)
         yield from _without_bias(experiment, settings, seed, **more)
+        yield Run(experiment, "re,smoothing=0.1", "re", seed, settings, loss={"label_smoothing": 0.1}, **more)
 
 
 def _wide(experiment: str, base: dict[str, Any], *, untied: float, fraction: float) -> Iterator[Run]:
@@ -174,12 +175,12 @@ def _wide(experiment: str, base: dict[str, Any], *, untied: float, fraction: flo
     tied, both = 0.3, {0.3, 1.0}
     run = partial(_changed, experiment, base, fraction=fraction)
     for seed in SEEDS:
-        for name, variant in VARIANTS.items():
-            yield run(name, name, seed=seed, embedding_range=tied if variant.tied else untied)
+        for name in PAPER_VARIANTS:
+            yield run(name, name, seed=seed, embedding_range=tied if VARIANTS[name].tied else untied)
         yield run("al,gamma=4", "al", seed=seed, embedding_range=untied, gamma=4.0)
         yield run("target_grad,gamma=4", seed=seed, embedding_range=tied, gamma=4.0, loss=TARGET_GRAD)
-    for name, variant in VARIANTS.items():
-        (other,) = both - {tied if variant.tied else untied}
+    for name in PAPER_VARIANTS:
+        (other,) = both - {tied if VARIANTS[name].tied else untied}
         label = f"embedding={other:g}"
         yield run(label if name == "real" else f"{name},{label}", name, seed=1, embedding_range=other)
 

@@ -22,7 +22,7 @@ from run import read
 from tiedkl.compare import plots
 from tiedkl.compare.evidence import Run, adjust, against, finished, kl_share, mean_curves, perplexity_interval, widest
 from tiedkl.compare.plots import COLOURS
-from tiedkl.compare.settings import VARIANTS
+from tiedkl.compare.settings import PAPER_VARIANTS, VARIANTS
 from tiedkl.compare.tables import number, span
 from tiedkl.compare.verdict import LEVEL
 
@@ -235,15 +235,18 @@ def with_table(readme: str, new: str) -> str:
 def by_fraction(found: dict[str, Figures]) -> list[str]:
     """The change of each variant by how much of the training text there was."""
     columns, rows = ["training text", "tokens", "baseline, test"], []
+    others = [label for label in PAPER_VARIANTS if label != "baseline"]
     for experiment, fraction in (("sixteenth", "1/16"), ("quarter", "1/4"), ("small", "all")):
         figures = found.get(experiment, {})
-        runs = {label: r for label in VARIANTS if (r := runs_of(figures, label))}
+        runs = {label: r for label in PAPER_VARIANTS if (r := runs_of(figures, label))}
         change = changes(runs, "baseline")
         if change:
             tokens = next(iter(figures.values()))["text"]["tokens"]["train"]
-            cells = [in_words(change.get(label), runs.get(label, [])) for label in VARIANTS if label != "baseline"]
+            cells = [
+                in_words(change.get(label), runs.get(label, [])) for label in PAPER_VARIANTS if label != "baseline"
+            ]
             rows.append([fraction, f"{tokens:,}", perplexity(runs["baseline"], "test_ppl"), *cells])
-    columns += [variant.label for name, variant in VARIANTS.items() if name != "baseline"]
+    columns += map(name_of, others)
     return ["## By amount of training text", markdown(columns, rows), FRACTIONS] if rows else []
 
 

@@ -47,7 +47,13 @@ def is_default(params: dict[str, float]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("variant", "loss"), [("re", {"alpha": 0.0}), ("al", {"temperature": 20.0, "gamma": 0.5})], ids=["re", "al"]
+    ("variant", "loss"),
+    [
+        ("re", {"alpha": 0.0}),
+        ("al", {"temperature": 20.0, "gamma": 0.5}),
+        ("re-ls", {"alpha": 0.0, "label_smoothing": 0.1}),
+    ],
+    ids=["re", "al", "re-ls"],
 )
 def test_best_serves_the_loss_of_its_variant(
     toy: Any, trainings: Trainings, tmp_path: Path, variant: str, loss: dict[str, float]
@@ -56,8 +62,9 @@ def test_best_serves_the_loss_of_its_variant(
     best = tmp_path / "out" / "best.json"
     assert json.loads(best.read_text())["tuned_for"] == variant
     assert load_loss_options(best) == loss
-    alpha = tiedkl.FusedTiedLoss(**load_loss_options(best)).settings.scalars.options.alpha
-    assert alpha == loss.get("gamma", 0.0) * loss.get("temperature", 0.0)
+    options = tiedkl.FusedTiedLoss(**load_loss_options(best)).settings.scalars.options
+    assert options.alpha == loss.get("gamma", 0.0) * loss.get("temperature", 0.0)
+    assert options.label_smoothing == loss.get("label_smoothing", 0.0)
     settings = Settings(**load_config(best))
     assert (settings.lr, settings.hidden, settings.vocab_size) == (0.002, 8, 20)
 

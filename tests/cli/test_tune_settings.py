@@ -25,6 +25,10 @@ from tiedkl.tune.settings import RANGES
         ({"search": "lr=a:b"}, "two numbers"),
         ({"search": "lr=0.5:2"}, "leaves out the default 0.002"),
         ({"search": "gamma", "variant": "re"}, "has no augmented loss"),
+        ({"search": "gamma", "variant": "re-ls"}, "has no augmented loss"),
+        ({"search": "label_smoothing", "variant": "real"}, "variant real has no label smoothing"),
+        ({"search": "label_smoothing=0.2:0.4", "variant": "ls"}, "default 0.1, .* with --label-smoothing"),
+        ({"search": "label_smoothing=0.1:1", "variant": "ls"}, "HIGH < 1"),
         ({"trials": 0}, "trials=0"),
         ({"jobs": 0}, "jobs=0"),
         ({"timeout": "soon"}, "not a time"),
@@ -41,6 +45,7 @@ def test_bad_input_is_named(toy: Any, changes: dict[str, Any], message: str) -> 
 def test_variants_without_the_augmented_loss_search_the_rest() -> None:
     assert list(TuneSettings(variant="re").ranges()) == ["lr", "dropout"]
     assert list(TuneSettings().ranges()) == ["gamma", "temperature", "lr", "dropout"]
+    assert list(TuneSettings(variant="re-ls").ranges()) == ["lr", "dropout", "label_smoothing"]
     assert TuneSettings(model="transformer").ranges()["lr"].high == 0.003
 
 

@@ -63,7 +63,7 @@ def built(
         "vocabulary_facts": {},
     } | (corpus or {})
     config = {"model": "lstm", "layers": 2, "hidden": 8, "epochs": 3, "temperature": 20.0, "gamma": 0.5,
-              "seeds": list(range(1, n_seeds + 1)), "overrides": overrides}  # fmt: skip
+              "label_smoothing": 0.1, "seeds": list(range(1, n_seeds + 1)), "overrides": overrides}  # fmt: skip
     lists = {name: r if isinstance(r, list) else [] if r is None else [r] for name, r in runs.items()}
     return report.build(config, facts, {"torch": "2"}, lists, memory=dict.fromkeys(runs, MEMORY), request=request)
 

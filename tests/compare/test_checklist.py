@@ -23,7 +23,8 @@ from .test_budget import fixed_speed
 OTHER: dict[str, Any] = {
     "data": "my texts/it's.txt", "out": "-odd out", "model": "transformer", "variants": ("real", "baseline"),
     "epochs": 3, "hidden": 64, "layers": 1, "batch": 5, "bptt": 20, "lr": 0.002, "lr_decay": 0.7, "decay_after": 2,
-    "clip": 0.25, "dropout": 0.1, "embedding_range": 0.4, "temperature": 12.5, "gamma": 0.3, "tied_bias": False,
+    "clip": 0.25, "dropout": 0.1, "embedding_range": 0.4, "temperature": 12.5, "gamma": 0.3, "label_smoothing": 0.2,
+    "tied_bias": False,
     "impl": "reference", "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m",
     "price_per_hour": 2.5,
     "tokenizer": "my tokenizer.json", "tuned_for": "real", "vocab_size": 500, "min_count": 3, "max_tokens": 9000,
@@ -70,8 +71,8 @@ def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
 
     line = tuned_compare_command(settings, hidden=650)
     searched = {
-        "lr": None, "dropout": 0.3, "embedding_range": 0.1, "temperature": 20.0, "gamma": 0.5, "tuned_for": None,
-        "overrides": None,
+        "lr": None, "dropout": 0.3, "embedding_range": 0.1, "temperature": 20.0, "gamma": 0.5, "label_smoothing": 0.1,
+        "tuned_for": None, "overrides": None,
     }  # fmt: skip
     assert parsed(line).config == [f"{v}=tune-{v}/best.json" for v in settings.variants]
     assert not set(searched) & set(getattr(parsed(line), "given", ()))  # they come from --config
@@ -128,8 +129,9 @@ def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
     assert compared(more) == replace(settings, seeds=3, fresh=False)
     *searches, larger = real["commands"]
     found = [(tuned(line).variant, tuned(line).model, tuned(line).lr) for line in searches]
-    assert found == [("baseline", "transformer", 0.01), (name, "transformer", 0.01)]
-    expected = replace(settings, variants=("baseline", name), hidden=650, seeds=3, out="tiedkl-compare-650")
+    arms = ("baseline", name, *({"al": ["ls"], "real": ["re-ls"]}.get(name, [])))
+    assert found == [(arm, "transformer", 0.01) for arm in arms]
+    expected = replace(settings, variants=arms, hidden=650, seeds=3, out="tiedkl-compare-650")
     assert compared(larger) == replace(expected, lr=None, fresh=False)
     assert f"{data['corpus']['vocabulary']},16" in production["commands"][2]
     eager = {True: 7, False: 3}[best["augmented"]] * 8192 * data["corpus"]["vocabulary"] * 4 / 2**20
@@ -143,6 +145,24 @@ def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "real.pt").stat().st_mtime_ns == before
     assert continued["variants"]["real"]["seeds_done"] == [1, 2, 3]
     assert continued["checklist"][0]["commands"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "control", "keywords"),
+    [
+        ("al", "ls", "temperature=20, gamma=0.5, return_terms=True), with the embedding as its target_weight."),
+        ("re", None, "alpha=0, return_terms=True), with the embedding as its weight."),
+        ("real", "re-ls", "temperature=20, gamma=0.5, return_terms=True), with the embedding as its weight."),
+        ("ls", None, "alpha=0, label_smoothing=0.1, return_terms=True)."),
+        ("re-ls", None, "alpha=0, label_smoothing=0.1, return_terms=True), with the embedding as its weight."),
+    ],
+)
+def test_a_larger_test_has_the_control_and_production_the_loss(name: str, control: str | None, keywords: str) -> None:
+    _, real, production = built(3, **{"baseline": three(100.0), name: three(90.0)})["checklist"]
+    arms = ("baseline", name, *([control] if control else []))
+    assert compared(real["commands"][-1]).variants == arms
+    assert [tuned(line).variant for line in real["commands"][:-1]] == list(arms)
+    assert production["note"] == f"In the training code: tiedkl.FusedTiedLoss({keywords}"
 
 
 def test_seeds_are_added_to_a_budget(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,8 +127,8 @@ def test_tied_variants_have_one_matrix(tied_bias: bool) -> None:
         for name, v in VARIANTS.items()
     }
     body = 2 * (2 * 32 * 8 + 32)
-    assert count["re"] == count["real"] == N_VOCAB * 8 + tied_bias * N_VOCAB + body
-    assert count["baseline"] == count["al"] == 2 * N_VOCAB * 8 + N_VOCAB + body
+    assert count["re"] == count["real"] == count["re-ls"] == N_VOCAB * 8 + tied_bias * N_VOCAB + body
+    assert count["baseline"] == count["al"] == count["ls"] == 2 * N_VOCAB * 8 + N_VOCAB + body
     tied, untied = (LanguageModel(N_VOCAB, s, tied=t) for t in (True, False))
     assert tied.weight is tied.embedding.weight
     assert (tied.bias is not None) == tied_bias
@@ -150,8 +150,11 @@ def test_variants_start_from_the_same_parameters(kind: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loss_of_each_variant(name: str) -> None:
-    """Against the paper's formula; the target distribution comes from the input embedding and is a constant."""
-    variant, s = VARIANTS[name], settings(temperature=3.0, gamma=0.7)
+    """Against the paper's formula; the target distribution comes from the input embedding and is a constant.
+
+    Label smoothing is in what is trained on, not in what is judged by.
+    """
+    variant, s = VARIANTS[name], settings(temperature=3.0, gamma=0.7, label_smoothing=0.3)
     model = LanguageModel(N_VOCAB, s, tied=variant.tied).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -165,11 +168,12 @@ def test_loss_of_each_variant(name: str) -> None:
     keep = target >= 0
     h, y, table = hidden[keep], target[keep], model.embedding.weight
     z = F.linear(h, model.weight, model.bias)
-    ce = F.cross_entropy(z, y, reduction="sum")
+    ce, smoothed = (F.cross_entropy(z, y, reduction="sum", label_smoothing=e) for e in (0.0, 0.3))
     q = F.softmax(table.detach()[y] @ table.detach().T / 3.0, -1)
     kl = F.kl_div(F.log_softmax(z / 3.0, -1), q, reduction="sum")
-    expected = ce + (2.1 * kl if variant.augmented else 0.0)
-    assert float(out.ce) == pytest.approx(float(ce.detach()), rel=1e-9)
+    trained = smoothed if variant.smoothed else ce
+    expected = trained + (2.1 * kl if variant.augmented else 0.0)
+    assert float(out.ce) == pytest.approx(float(trained.detach()), rel=1e-9)
     assert float(out.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
     wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     for grad, want in zip(grads, wanted, strict=True):
@@ -178,6 +182,8 @@ def test_loss_of_each_variant(name: str) -> None:
             torch.testing.assert_close(grad, want)
     plain = VariantLoss(variant, s).cross_entropy(model, hidden, target)
     assert float(plain.detach()) == pytest.approx(float(ce.detach()), rel=1e-9)
+    by_token = VariantLoss(variant, s).token_cross_entropy(model, hidden, target)
+    assert float(by_token.detach().sum()) == pytest.approx(float(ce.detach()), rel=1e-9)
 
 
 def test_the_embedding_has_a_range_of_its_own() -> None:

@@ -61,7 +61,7 @@ def test_files_that_cannot_go_together(tmp_path: Path) -> None:
         ({"al": {"lr": 1.0}}, "settings for variant al, which is not one of baseline,real"),
         (
             {"real": {"hidden": 8}},
-            "hidden: only lr, dropout, embedding_range, temperature, gamma may differ",
+            "hidden: only lr, dropout, embedding_range, temperature, gamma, label_smoothing may differ",
         ),
         ({"real": {"lr": -1.0}}, "variant real: lr=-1.0"),
         ({"real": {"lr": None, "gamma": 1.0}}, "variant real: lr: expected a number"),
@@ -123,3 +123,11 @@ def test_command(text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     tied = write(tmp_path / "real.json", {"lr": 1.5}, tuned_for="real")
     assert main(*argv, "--config", f"real={tied}") == 2
     assert "settings for variant real, which is not one of baseline,re" in capfd.readouterr().err
+
+
+def test_a_table_says_which_settings_a_variant_does_nothing_with(toy: Any) -> None:
+    own = {"real": {"gamma": 0.7}, "re-ls": {"label_smoothing": 0.3}}
+    report = compare(toy(epochs=1, variants=("real", "re-ls"), overrides=own))
+    columns, rows = settings_table(report) or ((), [])
+    assert columns == ("variant", "gamma", "label_smoothing")
+    assert rows == [("+REAL", "0.7", "-"), ("+RE+LS", "-", "0.3")]

@@ -207,6 +207,35 @@ def test_settings_of_one_arm_alone_favour_it() -> None:
     assert any("were searched for +REAL" in text for text in tuned)
 
 
+def test_the_augmented_loss_is_held_against_label_smoothing_where_that_is_there() -> None:
+    """Each augmented variant against its own control, with an answer by the same rule; else the limits say so."""
+    runs = {"baseline": three(100.0), "al": three(98.0), "re": three(97.0), "real": three(95.0)}
+    alone = built(3, **runs)
+    assert all(v["control"] is None for v in alone["variants"].values())
+    assert "with ls and re-ls among --variants this test tells." in " ".join(alone["limits"])
+    data = built(3, **runs, **{"re-ls": three(90.0)})
+    control = data["variants"]["real"]["control"]
+    assert control["name"] == "re-ls"
+    assert control["percent"] == pytest.approx(100 * (95 / 90 - 1), rel=1e-4)  # the losses are float32
+    assert data["variants"]["al"]["control"] is None
+    (said,) = [text for text in data["verdict"] if "instead of the augmented loss" in text]
+    start = "+REAL against +RE+LS, which has label smoothing instead of the augmented loss: +5.6% (+"
+    assert said.startswith(start)
+    assert said.endswith("; worse).")
+    assert "with ls among --variants this test tells." in " ".join(data["limits"])
+    assert data["verdict"][0].startswith("Yes: +RE+LS predicts unseen text 10.0% better")
+    assert said in render(data)
+
+    whole = built(3, **runs, **{"re-ls": three(90.0), "ls": three(98.0, spread=0.02)})
+    assert not any("Label smoothing" in text for text in whole["limits"])
+    (al,) = [text for text in whole["verdict"] if text.startswith("+AL against +LS")]
+    assert al.endswith("; undecided).")
+    lost = built(3, **runs, **{"re-ls": [*three(90.0)[:2], run(90.0, None, seed=3, status="diverged")]})
+    assert any(text.endswith("; undecided).") and "+RE+LS, which has" in text for text in lost["verdict"])
+    without = built(3, baseline=three(100.0), re=three(97.0), **{"re-ls": three(90.0)})
+    assert not any("abel smoothing" in text for text in (*without["verdict"], *without["limits"]))
+
+
 def test_verdict_without_enough_results() -> None:
     alone = built(al=run(9.0, 9.0), re=run(8.0, 8.0))
     assert "baseline was not part" in alone["verdict"][0]

@@ -1,4 +1,4 @@
-"""`tiedkl compare`: train baseline, +AL, +RE and +REAL on a text and report which is best, and at what cost."""
+"""`tiedkl compare`: train baseline, +AL, +RE, +REAL, and controls, on a text; report which is best, at what cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ..compare.per_variant import read_configs
-from ..compare.settings import MODELS, OWN, VARIANTS, CompareError, Settings, parse_variants
+from ..compare.settings import CONTROLS, MODELS, OWN, PAPER_VARIANTS, VARIANTS, CompareError, Settings, parse_variants
 
 DIVERGED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DATA = (
@@ -70,7 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "compare",
         help="A/B test on your own text: baseline, augmented loss, reused embedding, both",
-        description="Trains four variants of a small language model on the same text and reports perplexity, "
+        description="Trains variants of a small language model on the same text and reports perplexity, "
         "parameters, memory, speed and how sure the difference is. A run that was stopped is continued by the same "
         "command, without --fresh.",
     )
@@ -84,9 +84,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--variants",
         action=Given,
-        default=",".join(VARIANTS),
+        default=",".join(PAPER_VARIANTS),
         metavar="LIST",
-        help="some of %(default)s (default: all)",
+        help=f"some of {','.join(VARIANTS)}; {' and '.join(CONTROLS.values())}, the baseline and +RE with label "
+        "smoothing, are controls of the augmented loss (default: %(default)s)",
     )
     option("--epochs", "passes over the training text", int, "N", "by the size of the text")
     option("--hidden", "units a layer, and width of the embedding", int, "N")
@@ -101,6 +102,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--embedding-range", "an LSTM's embedding starts uniform between this and its negative", float, "X")
     option("--temperature", "temperature of the augmented loss", float, "X")
     option("--gamma", "weight of the augmented loss, in units of the temperature", float, "X")
+    option("--label-smoothing", f"of {' and '.join(CONTROLS.values())}", float, "X")
     option("--impl", "backend of the loss", metavar="NAME")
     option("--threads", "CPU threads", int, "N", "PyTorch's own choice")
     option("--device", "cpu or cuda", metavar="NAME")

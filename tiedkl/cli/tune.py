@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from ..compare.settings import MODELS, VARIANTS, CompareError
+from ..compare.settings import CONTROLS, MODELS, VARIANTS, CompareError
 from ..tune.settings import ON_REQUEST, PRUNERS, RANGES, TRANSFORMER_LR, TuneSettings
 from .compare import BAD_INPUT, DATA, INTERRUPTED, add_option, ctrl_c
 
@@ -40,6 +40,7 @@ OPTIONS = (
     ("--embedding-range", "default initial range of an LSTM's embedding", float, "X", None),
     ("--temperature", "default temperature", float, "X", None),
     ("--gamma", "default gamma", float, "X", None),
+    ("--label-smoothing", f"default label smoothing of {' and '.join(CONTROLS.values())}", float, "X", None),
     ("--impl", "backend of the loss", str, "NAME", None),
     ("--threads", "CPU threads of a process", int, "N", "PyTorch's choice, shared between the jobs"),
     ("--device", "cpu or cuda", str, "NAME", None),

@@ -7,7 +7,7 @@ from typing import Any
 from .command import compare_command, tune_command, tuned_compare_command
 from .evidence import widest
 from .memory import EAGER_MATRICES
-from .settings import Settings, of_variant
+from .settings import CONTROLS, VARIANTS, Settings, of_variant
 from .tables import number, span
 from .verdict import MARGIN, YES, best, diverged
 
@@ -85,7 +85,9 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
     config = report["config"]
     per_parameter = v["training_memory"]["total_bytes"] / max(1, v["parameters"])
     width = 650 if config["hidden"] < 650 else 2 * config["hidden"]
-    larger = {"variants": ("baseline", name), "hidden": width, "seeds": SEEDS, "out": f"tiedkl-compare-{width}"}
+    # beside the augmented loss its control: label smoothing may do as much, for less
+    arms = tuple(filter(None, ("baseline", name, CONTROLS.get(name))))
+    larger = {"variants": arms, "hidden": width, "seeds": SEEDS, "out": f"tiedkl-compare-{width}"}
     change = v["evidence"]["percent"]
     if report["outcome"] == "yes":
         gain = f"the answer is Yes at this width too, the gain is at least half of the {-change:.1f}% seen here"
@@ -100,13 +102,13 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
             f"(examples/ptb) it was {REPEATED}% at 200 units, and was not measured at the others.",
         ],
         "commands": [
-            *(tune_command(settings, variant) for variant in ("baseline", name)),
+            *(tune_command(settings, variant) for variant in arms),
             tuned_compare_command(settings, **larger),
         ],
         "note": f"{' and '.join(small)} as in this run: give more for the real test." if small else "",
         "go_on_if": f"With {SEEDS} seeds {gain}, and training is not slower than you can pay.",
         "monitor": [
-            "Validation perplexity of both arms after every epoch; stop an arm that diverges.",
+            "Validation perplexity of every arm after every epoch; stop an arm that diverges.",
             f"KL on the training text: here it went {_kl(v)}." if v["augmented"] else
             "Training cross-entropy against validation: a gap that grows is overfitting.",
         ],
@@ -123,7 +125,9 @@ def _kl(v: dict[str, Any]) -> str:
 def _production(report: dict[str, Any], v: dict[str, Any], name: str) -> dict[str, Any]:
     config, n_vocab = of_variant(report["config"], name), report["corpus"]["vocabulary"]
     eager = EAGER_MATRICES[v["augmented"]] * PRODUCTION_TOKENS * n_vocab * 4 / MIB
-    alpha = f"temperature={config['temperature']:g}, gamma={config['gamma']:g}" if v["augmented"] else "alpha=0.0"
+    about = VARIANTS[name]
+    keywords = ", ".join(f"{key}={value:g}" for key, value in about.loss_keywords(config).items())
+    weight = "weight" if about.tied else "target_weight" if about.augmented else ""
     cost = report["cost"].get(name, {})
     return {
         "stage": "Production",
@@ -136,8 +140,8 @@ def _production(report: dict[str, Any], v: dict[str, Any], name: str) -> dict[st
             "tiedkl verify",
             f"tiedkl bench --shapes {PRODUCTION_TOKENS},{n_vocab},{config['hidden']}",
         ],
-        "note": f"In the training code: tiedkl.FusedTiedLoss({alpha}, return_terms=True)"
-        + (", with the embedding as its weight." if v["tied"] else ", with the embedding as target_weight."),
+        "note": f"In the training code: tiedkl.FusedTiedLoss({keywords}, return_terms=True)"
+        + (f", with the embedding as its {weight}." if weight else "."),
         "go_on_if": "A training of full length in both arms, on one part of the real traffic, is better in your own "
         "measure of quality, not only in perplexity; keep the old model ready until then.",
         "monitor": [

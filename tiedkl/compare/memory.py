@@ -14,7 +14,7 @@ import torch
 
 from .models import LanguageModel, VariantLoss
 
-EAGER_MATRICES = {False: 3, True: 7}  # by: augmented?
+EAGER_MATRICES = {False: 3, True: 7}  # by: augmented? Label smoothing needs no more
 
 
 def loss_memory(model: LanguageModel, loss: VariantLoss, n_tokens: int) -> dict[str, Any]:

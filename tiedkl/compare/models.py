@@ -1,4 +1,4 @@
-"""The language model of each variant, and the one loss that serves all four.
+"""The language model of each variant, and the one loss that serves all.
 
             output matrix     bias   weight of the KL        similarity metric
 baseline    its own (V, D)    yes    0                       -
@@ -6,7 +6,9 @@ baseline    its own (V, D)    yes    0                       -
 +RE         the embedding     yes    0                       -
 +REAL       the embedding     yes    gamma * temperature     the embedding (that is, the output matrix)
 
-The paper gives reused embeddings no bias (`tied_bias=False`). Here all four have one: without it the tied models must
++LS and +RE+LS are the baseline and +RE with label smoothing in the cross-entropy they are trained on.
+
+The paper gives reused embeddings no bias (`tied_bias=False`). Here all have one: without it the tied models must
 learn word frequencies through the embedding, which costs them the first epochs and makes a short comparison unfair.
 """
 
@@ -81,6 +83,7 @@ class VariantLoss(nn.Module):
         self.arguments = {
             "temperature": settings["temperature"],
             "alpha": settings["gamma"] * settings["temperature"] if variant.augmented else 0.0,
+            "label_smoothing": settings["label_smoothing"] if variant.smoothed else 0.0,
             "impl": settings["impl"],
         }
         self.loss = tiedkl.FusedTiedLoss(**self.arguments, reduction="sum", return_terms=True)

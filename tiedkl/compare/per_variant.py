@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from typing import Any
 
-from .settings import LOSS_OPTIONS, OWN, VARIANTS, CompareError, load_config, of_variant, parse_variants
+from .settings import OWN, VARIANTS, CompareError, load_config, of_variant, parse_variants
 
 
 def read_configs(arguments: Iterable[str], given: Container[str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def read_configs(arguments: Iterable[str], given: Container[str]) -> dict[str, A
 def settings_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
     """Columns and rows of the settings in which the variants of a report differ; None when they do not.
 
-    A setting of the augmented loss is "-" where the variant does not have it.
+    A setting is "-" where the variant does nothing with it.
     """
     if not report["config"].get("overrides"):
         return None
@@ -58,6 +58,6 @@ def settings_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[
     differing = [s for s in OWN if len({values[s] for values in settings.values()}) > 1]
     rows = []
     for name, v in report["variants"].items():
-        unused = () if v["augmented"] else LOSS_OPTIONS
+        unused = VARIANTS[name].unused
         rows.append((v["label"], *("-" if s in unused else f"{settings[name][s]:.4g}" for s in differing)))
     return (("variant", *differing), rows) if differing else None

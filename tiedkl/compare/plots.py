@@ -6,8 +6,10 @@ from typing import Any
 
 from ..page import figure
 
-COLOURS = {"baseline": "#5b6470", "al": "#b3540b", "re": "#1769aa", "real": "#137a4b"}
-MARKERS = {"baseline": "o", "al": "s", "re": "^", "real": "D"}
+COLOURS = {
+    "baseline": "#5b6470", "al": "#b3540b", "re": "#1769aa", "real": "#137a4b", "ls": "#8a6d00", "re-ls": "#7b3fa0",
+}  # fmt: skip
+MARKERS = {"baseline": "o", "al": "s", "re": "^", "real": "D", "ls": "v", "re-ls": "P"}
 
 
 def curve(report: dict[str, Any], key: str, title: str, label: str, *, log: bool = False) -> str:

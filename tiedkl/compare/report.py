@@ -6,13 +6,15 @@ The dictionary, `SCHEMA` 2:
     outcome (yes | no | draw | one seed | undecided | nothing; see verdict.py), limits,
     config (`Settings.resolved`, with the list of `seeds`), corpus (`Corpus.facts`), environment
     plan        what `--budget` decided (budget.py), or null
-    variants    name -> label, summary, tied, augmented, status (done | partial | diverged | not started; diverged when
-                no run is left to train), seeds_done, and once it has begun: parameters; valid_ppl and test_ppl, the
-                exponential of the mean cross-entropy over seeds; tokens_per_second, the median over seeds, and
-                tokens_per_second_range, the slowest and the fastest epoch;
-                test_ppl_interval, 95% over seeds, or null; curves, averaged over seeds; runs, `Trainer.result` of each
-                seed; loss_memory and training_memory in bytes (memory.py); change, per cent against the baseline;
-                evidence, how sure that change is (evidence.py), or null; kl_share, alpha * KL on the training text in
+    variants    name -> label, summary, tied, augmented, smoothed, status (done | partial | diverged | not started;
+                diverged when no run is left to train), seeds_done, and once it has begun: parameters; valid_ppl and
+                test_ppl, the exponential of the mean cross-entropy over seeds; tokens_per_second, the median over
+                seeds, and tokens_per_second_range, the slowest and the fastest epoch; test_ppl_interval, 95% over
+                seeds, or null; curves, averaged over seeds, train_ce being what was trained on, with label smoothing
+                where there is some; runs, `Trainer.result` of each seed; loss_memory and training_memory in bytes
+                (memory.py); change, per cent against the baseline; evidence, how sure that change is (evidence.py), or
+                null; control, for a variant with the augmented loss beside the same with label smoothing: the evidence
+                of its change against that, and that one's `name`, or null; kl_share, alpha * KL on the training text in
                 the last epoch of the seeds that are done, in per cent of its cross-entropy, or null without such a
                 seed or without the augmented loss
     inference   name -> figures of inference.py; empty until all runs are done
@@ -33,7 +35,7 @@ from typing import Any
 from ..environment import finite
 from .checklist import checklist
 from .evidence import Run, adjust, against, kl_share, mean_ce, mean_curves, perplexity_interval
-from .settings import VARIANTS, Settings, of_variant
+from .settings import CONTROLS, VARIANTS, Settings, of_variant
 from .statistics import perplexity
 from .verdict import limits, verdict
 
@@ -68,8 +70,12 @@ def build(
     base = runs.get("baseline", [])
     evidence = {n: against(base, part) for n, part in runs.items() if n != "baseline"}
     adjust(evidence)
+    controls = {n: against(runs[CONTROLS[n]], part) for n, part in runs.items() if CONTROLS.get(n) in runs}
+    adjust(controls)
     for name, v in variants.items():
         found = v["evidence"] = evidence.get(name)
+        control = controls.get(name)
+        v["control"] = control and {"name": CONTROLS[name], **control}
         v["change"] = {
             "valid_ppl": _change(v, variants.get("baseline"), "valid_ppl") if found else None,
             "test_ppl": found and found["percent"],
@@ -106,6 +112,7 @@ def _variant(name: str, runs: list[Run], wanted: int, memory: dict[str, Any], co
         "summary": about.summary,
         "tied": about.tied,
         "augmented": about.augmented,
+        "smoothed": about.smoothed,
         "status": "not started" if not runs else ended if len(done) + n_diverged == wanted else "partial",
         "seeds_done": [run.seed for run in done],
     }

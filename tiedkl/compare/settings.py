@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ NOT_RESOLVED = (
     "fresh",
 )  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600}
-LOSS_OPTIONS = ("temperature", "gamma")
+LOSS_OPTIONS = ("temperature", "gamma")  # of the augmented loss
 LARGEST_SEED = 2**60  # three streams a seed, 64 bits for all
-OWN = ("lr", "dropout", "embedding_range", *LOSS_OPTIONS)  # what may differ between variants: all that can be searched
+OWN = (  # what may differ between variants: all that can be searched
+    "lr", "dropout", "embedding_range", *LOSS_OPTIONS, "label_smoothing",
+)  # fmt: skip
 INITIAL_RANGE = 0.1  # of an LSTM of 200 units in Zaremba et al. (2014)
-LOSS_KEYWORDS = {*LOSS_OPTIONS, "alpha"}  # of tiedkl.FusedTiedLoss
+LOSS_KEYWORDS = {*LOSS_OPTIONS, "alpha", "label_smoothing"}  # of tiedkl.FusedTiedLoss
 
 
 class CompareError(ValueError):
@@ -36,6 +38,17 @@ class Variant:
     augmented: bool  # the loss adds alpha * KL to the cross-entropy
     tied: bool  # the output layer is the input embedding
     summary: str
+    smoothed: bool = False  # the cross-entropy has label smoothing
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The settings among `OWN` that it does nothing with."""
+        return (() if self.augmented else LOSS_OPTIONS) + (() if self.smoothed else ("label_smoothing",))
+
+    def loss_keywords(self, settings: Mapping[str, Any]) -> dict[str, float]:
+        """What of `settings` its `tiedkl.FusedTiedLoss` takes; alpha 0 without the augmented loss."""
+        found = {name: settings[name] for name in (*LOSS_OPTIONS, "label_smoothing") if name not in self.unused}
+        return found if self.augmented else {"alpha": 0.0, **found}
 
 
 VARIANTS: dict[str, Variant] = {
@@ -64,8 +77,27 @@ VARIANTS: dict[str, Variant] = {
             "Reused embedding: one word matrix does both jobs, which saves parameters. Plain cross-entropy.",
         ),
         Variant("real", "+REAL", True, True, "Both together: one word matrix and the augmented loss."),
+        Variant(
+            "ls",
+            "+LS",
+            False,
+            False,
+            "Label smoothing, the control of +AL: as the baseline, but a part of the target is spread over all words "
+            "alike, close in meaning or not.",
+            smoothed=True,
+        ),
+        Variant(
+            "re-ls",
+            "+RE+LS",
+            False,
+            True,
+            "Label smoothing with one word matrix, the control of +REAL.",
+            smoothed=True,
+        ),
     )
 }
+PAPER_VARIANTS = ("baseline", "al", "re", "real")  # the four of the paper
+CONTROLS = {"al": "ls", "real": "re-ls"}  # the same model with a simpler regulariser than the augmented loss
 
 
 @dataclass(frozen=True)
@@ -75,7 +107,7 @@ class Settings:
     data: str | None = None  # directory, file, or None for the text that ships with Python
     out: str = "tiedkl-compare"
     model: str = "lstm"
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = PAPER_VARIANTS
     epochs: int | None = None
     hidden: int = 200  # units, and the width of the embedding
     layers: int = 2
@@ -89,6 +121,7 @@ class Settings:
     embedding_range: float = INITIAL_RANGE  # an LSTM's embedding starts uniform in +- this
     temperature: float = 20.0
     gamma: float = 0.5
+    label_smoothing: float = 0.1  # of the variants that have it
     tied_bias: bool = True  # an output bias in +RE and +REAL too; the paper has none there
     impl: str = "auto"
     threads: int | None = None
@@ -132,6 +165,8 @@ class Settings:
             raise CompareError(f"embedding_range={self.embedding_range}: only an lstm has it")
         if not 0 <= self.dropout < 1:
             raise CompareError(f"dropout={self.dropout}: expected a probability in [0, 1)")
+        if not 0 <= self.label_smoothing <= 1:
+            raise CompareError(f"label_smoothing={self.label_smoothing}: expected a number from 0 to 1")
         if not 0 <= self.gamma < float("inf"):
             raise CompareError(f"gamma={self.gamma}: expected 0 or more")
         if abs(self.seed) > LARGEST_SEED:
@@ -187,8 +222,8 @@ def of_variant(config: dict[str, Any], variant: str) -> dict[str, Any]:
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
-    """`"baseline, +REAL"` -> ("baseline", "real"); the names are checked by `Settings`."""
-    return tuple(part.strip().lower().lstrip("+") for part in text.split(",") if part.strip())
+    """`"baseline, +REAL, +RE+LS"` -> ("baseline", "real", "re-ls"); the names are checked by `Settings`."""
+    return tuple(part.strip().lower().lstrip("+").replace("+", "-") for part in text.split(",") if part.strip())
 
 
 def ordered(variants: Iterable[str]) -> list[Variant]:
@@ -238,8 +273,9 @@ def _settings_in(content: Any, path: str | Path) -> dict[str, Any]:
 def load_loss_options(path: str | Path) -> dict[str, float]:
     """The part of a configuration file that `tiedkl.FusedTiedLoss(**options)` takes.
 
-    What a `best.json` has under "loss": temperature and gamma, or alpha 0 for a variant without the augmented loss. For
-    a file of settings alone, its temperature and gamma. Raises CompareError as `load_config` does.
+    What a `best.json` has under "loss": temperature and gamma, or alpha 0 for a variant without the augmented loss, and
+    label_smoothing for one that has it. For a file of settings alone, its temperature and gamma. Raises CompareError as
+    `load_config` does.
     """
     content = _read_json(path)
     values = _settings_in(content, path)

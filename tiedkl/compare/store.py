@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from .settings import INITIAL_RANGE, VARIANTS, CompareError
+from .settings import INITIAL_RANGE, VARIANTS, CompareError, Settings
 
 CONFIG, LOCK = "config.json", "compare.lock"
 REPORTS = ("report.json", "report.html", "report.md")
-LATER = {"embedding_range": INITIAL_RANGE}  # settings that earlier versions did not have
+# settings that earlier versions did not have
+LATER = {"embedding_range": INITIAL_RANGE, "label_smoothing": Settings.label_smoothing}
 PLAN = "plan"  # what `--budget` decided: kept, not compared
 CHECKPOINT = re.compile(rf"({'|'.join(VARIANTS)})(?:-(-?\d+))?\.pt")
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from .evidence import widest
-from .settings import VARIANTS
+from .settings import CONTROLS, VARIANTS
 from .tables import number, span
 
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
@@ -90,6 +90,7 @@ def limits(
         first,
         "A small model and a short training; larger models and longer training can change the order of the variants.",
         *_fairness(variants, tuned_for, own, model),
+        *_without_control(variants),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
@@ -117,6 +118,16 @@ def _fairness(
         if model == "lstm":
             text += " On little text one of them, --embedding-range, can matter more than the variant."
         yield text
+
+
+def _without_control(variants: dict[str, Any]) -> Iterator[str]:
+    """That a simpler regulariser was not tried beside the augmented loss."""
+    missing = [CONTROLS[name] for name in variants if name in CONTROLS and CONTROLS[name] not in variants]
+    if missing:
+        yield (
+            "Label smoothing, a simpler regulariser, may do as much as the augmented loss: with "
+            f"{' and '.join(missing)} among --variants this test tells."
+        )
 
 
 def _searched_for(tuned_for: str) -> str:
@@ -202,6 +213,7 @@ def _against_baseline(
     rest = [_briefly(variants[other], said) for other, said in outcomes(variants).items() if other != name]
     if rest:
         sentences.append(f"The others against the baseline (less is better): {', '.join(rest)}.")
+    sentences += _beside_controls(variants)
     if (unknown := 100 * corpus["oov_rate"]["test"]) > UNKNOWN:
         sentences.append(
             f"{unknown:.0f}% of the test tokens are words outside the vocabulary, all of them <unk>: much of what is "
@@ -213,6 +225,19 @@ def _against_baseline(
         sentences += _strength(variants)
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
     return sentences
+
+
+def _beside_controls(variants: dict[str, Any]) -> Iterator[str]:
+    """What the augmented loss does that label smoothing does not."""
+    for name, v in variants.items():
+        if control := v["control"]:
+            other = control["name"]
+            said = decide(control, diverged=bool(diverged(variants, name, other)))
+            change, interval = number(control["percent"], "+.1f", "%"), span(widest(control)["percent"], "+.1f")
+            yield (
+                f"{v['label']} against {variants[other]['label']}, which has label smoothing instead of the augmented "
+                f"loss: {change} ({interval}; {IN_WORDS[said]})."
+            )
 
 
 def _wider_vocabulary(corpus: dict[str, Any]) -> str:

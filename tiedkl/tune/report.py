@@ -21,7 +21,7 @@ from ..compare.checklist import SEEDS
 from ..compare.command import OUT, compare_command, config, options, search_of_all
 from ..compare.evidence import widest
 from ..compare.markdown import rows as markdown_rows
-from ..compare.settings import LOSS_OPTIONS, OWN, VARIANTS, Settings
+from ..compare.settings import OWN, VARIANTS, Settings
 from ..compare.statistics import perplexity
 from ..compare.store import write_atomically
 from ..compare.tables import number
@@ -73,9 +73,7 @@ def result(
     found = {
         "schema": 1,
         "settings": values,
-        "loss": {name: values[name] for name in LOSS_OPTIONS}
-        if VARIANTS[settings.variant].augmented
-        else {"alpha": 0.0},
+        "loss": VARIANTS[settings.variant].loss_keywords(values),
         "tuned_for": settings.variant,
         "trial": best.number if best else None,
         "valid_ppl": {"defaults": defaults and ppl(defaults), "best": best and ppl(best)},
@@ -189,7 +187,7 @@ def commands(settings: TuneSettings) -> list[str]:
     out = Path(OUT.format(other))
     # of a baseline there is no gamma to search
     parts = [] if settings.search is None else [part.strip() for part in settings.search.split(",")]
-    kept = [part for part in parts if VARIANTS[other].augmented or not part.startswith(LOSS_OPTIONS)]
+    kept = [part for part in parts if part.partition("=")[0] not in VARIANTS[other].unused]
     searched = ",".join(kept) or search_of_all(settings, other)
     search = replace(settings, variant=other, out=str(out), search=searched, fresh=False)
     # the rest is in best.json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..compare.settings import INITIAL_RANGE, LOSS_OPTIONS, VARIANTS, CompareError, Settings, parse_duration
+from ..compare.settings import INITIAL_RANGE, VARIANTS, CompareError, Settings, parse_duration
 
 PRUNERS = ("median", "hyperband", "none")
 
@@ -26,6 +26,7 @@ RANGES = {
     "lr": Range(0.5, 2.0, True),
     "dropout": Range(0.0, 0.6, False),
     "embedding_range": Range(0.05, 2.0, True),
+    "label_smoothing": Range(0.02, 0.4, True),
 }
 ON_REQUEST = ("embedding_range",)  # searched only when they are named; of an LSTM
 TRANSFORMER_LR = Range(3e-4, 3e-3, True)
@@ -51,11 +52,12 @@ class TuneSettings:
     bptt: int = 35
     epochs: int = 4
     max_tokens: int = 20_000  # of the training split
-    lr: float | None = None  # this and the next four: the defaults that the search has to beat
+    lr: float | None = None  # this and the next five: the defaults that the search has to beat
     dropout: float = 0.3
     embedding_range: float = INITIAL_RANGE
     temperature: float = 20.0
     gamma: float = 0.5
+    label_smoothing: float = 0.1
     impl: str = "auto"
     threads: int | None = None
     device: str = "cpu"
@@ -82,8 +84,8 @@ class TuneSettings:
         """The settings of a trial with the defaults."""
         shared = (
             "data", "model", "hidden", "layers", "batch", "bptt", "epochs", "max_tokens", "lr", "dropout",
-            "embedding_range", "temperature", "gamma", "impl", "threads", "device", "seed", "vocab_size", "min_count",
-            "tokenizer",
+            "embedding_range", "temperature", "gamma", "label_smoothing", "impl", "threads", "device", "seed",
+            "vocab_size", "min_count", "tokenizer",
         )  # fmt: skip
         # the rate falls after as large a part of the epochs as in `tiedkl compare` on a small text, 4 of 7
         decay_after = max(1, round(self.epochs * 4 / 7))
@@ -99,11 +101,11 @@ class TuneSettings:
 
         A range has to hold the default: the first trial is the defaults, so that a gain over them is a fact.
         """
-        augmented = VARIANTS[self.variant].augmented
+        variant = VARIANTS[self.variant]
         known = dict(RANGES)
         if self.model == "transformer":
             known = {name: r for name, r in known.items() if name not in ON_REQUEST} | {"lr": TRANSFORMER_LR}
-        usual = (name for name in known if name not in ON_REQUEST and (augmented or name not in LOSS_OPTIONS))
+        usual = (name for name in known if name not in (*ON_REQUEST, *variant.unused))
         text = self.search if self.search is not None else ",".join(usual)
         found: dict[str, Range] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
@@ -112,8 +114,9 @@ class TuneSettings:
                 raise CompareError(
                     f"search {part}: expected some of {', '.join(known)}, each with =LOW:HIGH or without"
                 )
-            if name in LOSS_OPTIONS and not augmented:
-                raise CompareError(f"search {name}: variant {self.variant} has no augmented loss")
+            if name in variant.unused:
+                what = "label smoothing" if name == "label_smoothing" else "augmented loss"
+                raise CompareError(f"search {name}: variant {self.variant} has no {what}")
             found[name] = _range(name, ends, known[name].log) if ends else known[name]
         if not found:
             raise CompareError(f"search {text!r}: nothing to search; expected some of {', '.join(known)}")
@@ -122,7 +125,7 @@ class TuneSettings:
             if not low <= config[name] <= high:
                 raise CompareError(
                     f"search {name}={low:g}:{high:g} leaves out the default {config[name]:g}, the first trial; "
-                    f"widen the range, or change the default with --{name}"
+                    f"widen the range, or change the default with --{name.replace('_', '-')}"
                 )
         return found
 
@@ -132,7 +135,7 @@ def _range(name: str, ends: str, log: bool) -> Range:
         low, high = map(float, ends.split(":"))
     except ValueError:
         raise CompareError(f"search {name}={ends}: expected LOW:HIGH, two numbers") from None
-    top = 1.0 if name == "dropout" else float("inf")
+    top = 1.0 if name in ("dropout", "label_smoothing") else float("inf")
     if not (0 <= low < high < top) or (log and low == 0):
         raise CompareError(f"search {name}={ends}: expected 0 {'<' if log else '<='} LOW < HIGH < {top:g}")
     return Range(low, high, log)

@@ -77,12 +77,32 @@ def test_best_is_judged_as_compare_judges(toy: Any, tmp_path: Path) -> None:
     assert found["valid_ppl"]["defaults"] == pytest.approx(report["variants"]["real"]["valid_ppl"], rel=1e-12)
 
 
-def test_continuing_equals_the_whole_only_in_what_is_done(toy: Any, trainings: Any) -> None:
-    two = tune(toy(trials=2))
-    four = tune(toy(trials=4))
-    assert trials(four)[:2] == trials(two)
-    params = [json.dumps(t["params"]) for t in four["trials"]]
-    assert len(params) == len(set(params)) == 4  # the resumed sampler does not repeat itself
+@pytest.mark.parametrize("asks", [2, 10, 15, 24])
+def test_a_search_that_is_stopped_anywhere_finds_what_a_whole_one_finds(
+    toy: Any, trainings: Any, tmp_path: Path, asks: int
+) -> None:
+    """Near the defaults and beyond, where the sampler proposes; it is asked before a trial and in its two epochs."""
+    whole = tune(toy(trials=9, out=str(tmp_path / "whole")))
+    points = [t["params"] for t in whole["trials"]]
+    assert len({json.dumps(p) for p in points}) == 9  # the sampler does not repeat itself
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= asks
+
+    with pytest.raises(Interrupted):
+        tune(toy(trials=9), should_stop=should_stop)
+    found = tune(toy(trials=9))
+    assert sum(t["state"] == "interrupted" for t in found["trials"]) == (asks % 3 != 1)
+    assert [t["params"] for t in found["trials"] if t["state"] != "interrupted"] == points
+    assert found["valid_ppl"] == whole["valid_ppl"]
+
+
+def test_trials_can_be_added(toy: Any, trainings: Any) -> None:
+    three = tune(toy(trials=3))
+    assert trials(tune(toy(trials=9)))[:3] == trials(three)
 
 
 def test_seed_decides_the_search(toy: Any, trainings: Any, tmp_path: Path) -> None:

@@ -190,6 +190,82 @@ def test_gain_that_other_seeds_do_not_show_is_said(
     assert not found["verdict"][1].startswith("It holds")
 
 
+def unlucky(monkeypatch: pytest.MonkeyPatch, is_bad: Any) -> None:
+    """With other seeds than that of the search, the settings for which `is_bad(params)` are worse than the defaults."""
+    train = worker.Task.train
+
+    def bad(self: Any, params: Any, seed: int, *args: Any, **options: Any) -> Any:
+        trained = train(self, params, seed, *args, **options)
+        if seed > 1 and is_bad(params):
+            trained.best["valid_ppl"] *= 3
+            trained.test_losses = trained.test_losses + math.log(3)
+        return trained
+
+    monkeypatch.setattr(worker.Task, "train", bad)
+
+
+def ranking(found: dict[str, Any]) -> list[int]:
+    """Trials that are better than the defaults, the best first."""
+    done = [t for t in found["trials"] if t["state"] == "complete"]
+    better = [t for t in done if t["valid_ppl"] < found["valid_ppl"]["defaults"]]
+    return [t["number"] for t in sorted(better, key=lambda t: t["valid_ppl"])]
+
+
+def test_the_next_best_wins_where_the_best_does_not_hold(
+    toy: Any, trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By validation with the seeds of the check; its settings are what best.json has."""
+    search_alone = tune(toy(trials=4, pruner="none", out=str(tmp_path / "alone")))
+    first, second, *_ = ranking(search_alone)
+    bad = search_alone["trials"][first]["params"]
+    unlucky(monkeypatch, lambda params: params == bad)
+    trainings.clear()
+    found = tune(toy(trials=4, pruner="none", check=2))
+    assert (found["trial"], found["check"]["trial"]) == (second, second)
+    assert found["valid_ppl"]["best"] == found["trials"][second]["valid_ppl"]
+    (rejected,) = found["check"]["rejected"]
+    assert rejected["trial"] == first
+    assert all(row["best"] > row["defaults"] for row in rejected["valid_ppl"])
+    assert [seed for _, seed in trainings] == [1] * 4 + [2, 2, 3, 3] + [2, 3], "the defaults are trained once"
+    assert f"trial {second}, the seed of the search" in found["verdict"][0]
+    assert found["verdict"][1].startswith("It holds with 2 other seeds")
+    assert found["verdict"][2] == (
+        f"Better in the search, but with the other seeds no better than the defaults on validation: trial {first}."
+    )
+    params = found["trials"][second]["params"]
+    settings = load_config(tmp_path / "out" / "best.json")
+    assert {name: settings[name] for name in params} == params
+    assert f"{second} (best)" in (tmp_path / "out" / "tune.md").read_text()
+    assert tune(toy(trials=4, pruner="none", check=2)) == found
+
+
+def test_the_best_stays_where_none_holds(toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlucky(monkeypatch, lambda params: not is_default(params))
+    found = tune(toy(trials=6, pruner="none", check=2))
+    first, *others = ranking(found)[:3]
+    assert len(others) == 2
+    assert found["trial"] == first
+    assert [entry["trial"] for entry in found["check"]["rejected"]] == others
+    assert found["verdict"][1].startswith("It does not hold")
+    names = " and ".join(f"trial {k}" for k in others)
+    assert (
+        found["verdict"][2] == f"Nor with these seeds better than the defaults on validation: {names}, the next best."
+    )
+
+
+def test_one_that_diverges_with_another_seed_is_passed_over(
+    toy: Any, trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search_alone = tune(toy(trials=4, pruner="none", out=str(tmp_path / "alone")))
+    first, second, *_ = ranking(search_alone)
+    diverging(monkeypatch, lambda params, seed: seed == 3 and params == search_alone["trials"][first]["params"])
+    found = tune(toy(trials=4, pruner="none", check=2))
+    assert found["trial"] == second
+    assert found["check"]["diverged"] == []
+    assert found["check"]["rejected"][0]["valid_ppl"][1]["best"] is None
+    assert found["verdict"][2].endswith(f": trial {first}.")
+
+
 @pytest.mark.parametrize("which", ["best", "defaults"])
 def test_check_that_diverges_does_not_hold(
     toy: Any, trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str

@@ -7,7 +7,9 @@ best.json: `schema` 1, `settings` (keywords of `tiedkl.compare.Settings`), `loss
 
 `check` is the winner against the defaults with other seeds: `trial`, `valid_ppl` (seed, defaults, best; null where the
 training diverged), `diverged` (seed, settings, note), and `test`, the test split (evidence.py; null where no seed has
-both). It is null where it was not done, and `unchecked` says why.
+both). It is null where it was not done, and `unchecked` says why. Where the best trial is not better than the defaults
+on validation with the other seeds, the next best of `FINALISTS` that is becomes the winner; `check["rejected"]` lists
+the `trial` and `valid_ppl` of those that are not.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 KEPT = (  # what a learning rate, a temperature and gamma go with
     "model", "hidden", "layers", "batch", "bptt", "lr_decay", "clip", "vocab_size", "min_count",
 )  # fmt: skip
+FINALISTS = 3  # trials that the check may try, one after the other until one holds on validation
 FAIR = "For a fair test each variant needs a search of its own:"
 NOT_YET = "Other seeds were not tried yet: the same command, without --fresh, goes on with the search and the check."
 
@@ -49,6 +52,13 @@ def pair(study: Any) -> tuple[Any, Any]:
     trials = complete(study)
     defaults = next((t for t in trials if t.user_attrs.get(DEFAULTS)), None)
     return defaults, min(trials, key=lambda t: t.value, default=None)
+
+
+def finalists(study: Any) -> list[Any]:
+    """The best complete trials that are better than the defaults, the best first."""
+    defaults, _ = pair(study)
+    better = [t for t in complete(study) if defaults is not None and t.value < defaults.value]
+    return sorted(better, key=lambda t: t.value)[:FINALISTS]
 
 
 def epochs(trial: Any) -> list[float]:
@@ -66,6 +76,8 @@ def result(
 ) -> dict[str, Any]:
     """The content of best.json; its settings are the defaults while no trial is complete."""
     defaults, best = pair(study)
+    if checked is not None:
+        best = next(t for t in complete(study) if t.number == checked["trial"])
     wanting = checked is None and defaults is not None and best is not None and best.number != defaults.number
     params = dict(best.params) if best else settings.defaults()
     kept = {name: task.config[name] for name in KEPT} | {"tokenizer": settings.tokenizer}
@@ -116,18 +128,31 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if check is None:
         return [first, f"The best of many trials looks better than it is. {found['unchecked']}"]
     test, n = check["test"], len(check["valid_ppl"])
+    with_seeds = f"with {n} other seed{'' if n == 1 else 's'}"
     if check["diverged"]:
         where = ", ".join(f"with the {d['settings']} settings and seed {d['seed']}" for d in check["diverged"])
-        return [first, f"It does not hold with {n} other seed{'' if n == 1 else 's'}: training diverged {where}."]
+        return [first, f"It does not hold {with_seeds}: training diverged {where}.", *_rejected(found)]
     low, high = widest(test)["percent"]
     better = sum(row["best"] < row["defaults"] for row in check["valid_ppl"])
     holds = "It holds" if high < 0 else "It does not hold" if low > 0 else "It is not proven"
     return [
         first,
-        f"{holds} with {n} other seed{'' if n == 1 else 's'} on the test text, which no trial has seen: perplexity "
+        f"{holds} {with_seeds} on the test text, which no trial has seen: perplexity "
         f"{test['test_ppl'][0]:.2f} instead of {test['test_ppl'][1]:.2f} ({test['percent']:+.1f}%, 95% interval "
         f"{low:+.1f} to {high:+.1f}%); validation perplexity better with {better} of {n}.",
+        *_rejected(found),
     ]
+
+
+def _rejected(found: dict[str, Any]) -> list[str]:
+    """Which other trials did not hold with the seeds of the check: better ones, or, where none held, the next best."""
+    tried = [entry["trial"] for entry in found["check"]["rejected"]]
+    if not tried:
+        return []
+    names = " and ".join(f"trial {k}" for k in tried)
+    if found["trials"][tried[0]]["valid_ppl"] < found["valid_ppl"]["best"]:
+        return [f"Better in the search, but with the other seeds no better than the defaults on validation: {names}."]
+    return [f"Nor with these seeds better than the defaults on validation: {names}, the next best."]
 
 
 def _without_defaults(found: dict[str, Any]) -> str:

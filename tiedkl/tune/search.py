@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -131,21 +132,50 @@ def _check(
     say: Callable[[str], None],
     over: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """Winner and defaults with other seeds, on the test split, which no trial has seen (report.py says what is found).
+    """The winner and the defaults with other seeds, on the test split, which no trial has seen (form: report.py).
 
-    None when `over` says stop, and when there is nothing to compare. Trainings that have ended are kept in files, so
-    that a check goes on where it was stopped.
+    The winner is the best of the finalists that is better than the defaults on validation with these seeds; where none
+    is, the best of the search. None when `over` says stop, and when there is nothing to compare. Trainings that have
+    ended are kept in files, so that a check goes on where it was stopped.
     """
-    defaults, best = report.pair(study)
-    if defaults is None or best is None or best.number == defaults.number:
+    defaults, _ = report.pair(study)
+    checks: list[dict[str, Any]] = []
+    for trial in report.finalists(study):
+        found = _against_defaults(settings, task, defaults, trial, Store(str(out)), say, over)
+        if found is None:
+            return None
+        checks.append(found)
+        if holds(found) or any(d["settings"] == "defaults" for d in found["diverged"]):
+            break
+    if not checks:
         return None
-    store = Store(str(out))
+    winner = checks[-1] if holds(checks[-1]) else checks[0]
+    rejected = [{"trial": c["trial"], "valid_ppl": c["valid_ppl"]} for c in checks if c is not winner]
+    return winner | {"rejected": rejected}
+
+
+def holds(check: dict[str, Any]) -> bool:
+    """Whether the trial is better than the defaults on validation, on average over the seeds, without divergence."""
+    rows = check["valid_ppl"]
+    return not check["diverged"] and math.fsum(math.log(row["best"] / row["defaults"]) for row in rows) < 0
+
+
+def _against_defaults(
+    settings: TuneSettings,
+    task: Task,
+    defaults: Any,
+    trial: Any,
+    store: Store,
+    say: Callable[[str], None],
+    over: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """One trial against the defaults with every seed of the check; None when `over` says stop."""
     runs: dict[str, list[Run]] = {"defaults": [], "best": []}
     rows, diverged = [], []
     for seed in range(settings.seed + 1, settings.seed + 1 + settings.check):
         row: dict[str, Any] = {"seed": seed}
-        for which, trial in (("defaults", defaults), ("best", best)):
-            kept = _training(task, trial, seed, store, over)
+        for which, of in (("defaults", defaults), ("best", trial)):
+            kept = _training(task, of, seed, store, over)
             if kept is None:
                 return None
             runs[which].append(Run(seed, {}, kept["losses"]))
@@ -154,11 +184,11 @@ def _check(
                 diverged.append({"seed": seed, "settings": which, "note": kept["diverged"]})
         rows.append(row)
         say(
-            f"check with seed {seed}: valid ppl {number(row['defaults'], '.2f')} (defaults), "
-            f"{number(row['best'], '.2f')} (best)"
+            f"check of trial {trial.number} with seed {seed}: valid ppl {number(row['best'], '.2f')}, "
+            f"{number(row['defaults'], '.2f')} (defaults)"
         )
     test = against(runs["defaults"], runs["best"])
-    return {"trial": best.number, "valid_ppl": rows, "diverged": diverged, "test": test}
+    return {"trial": trial.number, "valid_ppl": rows, "diverged": diverged, "test": test}
 
 
 def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[], bool]) -> dict[str, Any] | None:

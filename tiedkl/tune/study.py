@@ -40,10 +40,9 @@ def clear(out: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def open_study(settings: TuneSettings, identity: dict[str, Any], *, worker: int = 0) -> Any:
+def open_study(settings: TuneSettings, identity: dict[str, Any]) -> Any:
     """The study in `settings.out`, made with the defaults as its first trial where there is none.
 
-    The sampler's seed moves with the number of trials, else a resumed search would draw the same points again.
     Raises CompareError when the study belongs to other settings or text, or cannot be read.
     """
     package = optuna()
@@ -62,11 +61,6 @@ def open_study(settings: TuneSettings, identity: dict[str, Any], *, worker: int 
         study.enqueue_trial(settings.defaults(), user_attrs={DEFAULTS: True})
     elif what := differences(old, identity):
         raise CompareError(f"{file} holds a search with other settings ({what}): start again with --fresh, or --out")
-    study.sampler = package.samplers.TPESampler(
-        seed=settings.seed + 1000 * worker + len(study.trials),
-        n_startup_trials=startup(settings) + 1,
-        constant_liar=settings.jobs > 1,
-    )
     study.pruner = {
         "median": lambda: package.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=max(1, settings.epochs // 2)),
         "hyperband": lambda: package.pruners.HyperbandPruner(min_resource=1, max_resource=settings.epochs),
@@ -80,16 +74,29 @@ def startup(settings: TuneSettings) -> int:
     return max(3, min(10, settings.trials // 4))
 
 
-def queue_neighbour(study: Any, settings: TuneSettings) -> None:
-    """Queue a point near the defaults if the next trial is one of the first; nothing while others are waiting.
+def prepare(study: Any, settings: TuneSettings, worker: int) -> None:
+    """Make ready for the next `ask`: a sampler with a seed of its own, and a point near the defaults at the beginning.
+
+    All that is drawn depends on the number of trials, without those that were interrupted: they are queued again. So a
+    search of one process that was stopped goes on as if it had not been.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(REASON) != ABANDONED]
+    study.sampler = optuna().samplers.TPESampler(
+        seed=settings.seed + 1000 * worker + len(trials),
+        n_startup_trials=startup(settings) + 1,
+        constant_liar=settings.jobs > 1,
+    )
+    if len(trials) <= startup(settings) and not any(t.state.name == "WAITING" for t in trials):
+        _queue_neighbour(study, settings, len(trials))
+
+
+def _queue_neighbour(study: Any, settings: TuneSettings, k: int) -> None:
+    """Queue the k-th point near the defaults.
 
     Random points of the whole space are mostly bad, and a short search has no trials to waste. Each setting is drawn
     between half-way to the low and half-way to the high end of its range, on the range's scale.
     """
-    trials = study.get_trials(deepcopy=False)
-    if len(trials) > startup(settings) or any(t.state.name == "WAITING" for t in trials):
-        return
-    rng = random.Random(f"{settings.seed}-{len(trials)}")
+    rng = random.Random(f"{settings.seed}-{k}")
     point = {}
     for name, (low, high, log) in settings.ranges().items():
         ends = (low, settings.defaults()[name], high)

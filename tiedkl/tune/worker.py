@@ -20,7 +20,7 @@ from ..compare.settings import VARIANTS, CompareError
 from ..compare.training import Data, Diverged, Trainer
 from . import report
 from .settings import TuneSettings
-from .study import DEFAULTS, DIVERGED, DIVERGED_CE, NOTE, REASON, abandon, finished, open_study, optuna, queue_neighbour
+from .study import DEFAULTS, DIVERGED, DIVERGED_CE, NOTE, REASON, abandon, finished, open_study, optuna, prepare
 
 
 class Stopped(Exception):
@@ -110,7 +110,7 @@ def work(
             return
         # SQLite locks no rows, and Optuna would give two the same waiting trial
         with in_turn(out):
-            queue_neighbour(study, settings)
+            prepare(study, settings, worker)
             trial = study.ask()
         params = {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in settings.ranges().items()}
         if not _trial(task, study, trial, params, settings, over):
@@ -176,5 +176,5 @@ def child(
     pressed = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: pressed.set())
     task = Task(settings, pickle.loads(text))
-    study = open_study(settings, task.identity, worker=worker)
+    study = open_study(settings, task.identity)
     work(task, study, settings, quota, worker, deadline, say, lambda: pressed.is_set() or os.getppid() != parent)

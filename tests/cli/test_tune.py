@@ -100,9 +100,10 @@ def test_a_search_that_is_stopped_anywhere_finds_what_a_whole_one_finds(
     assert found["valid_ppl"] == whole["valid_ppl"]
 
 
-def test_trials_can_be_added(toy: Any, trainings: Any) -> None:
-    three = tune(toy(trials=3))
-    assert trials(tune(toy(trials=9)))[:3] == trials(three)
+def test_trials_can_be_added(toy: Any, trainings: Any, tmp_path: Path) -> None:
+    """The search is what it would have been with them from the start."""
+    tune(toy(trials=5))
+    assert trials(tune(toy(trials=9))) == trials(tune(toy(trials=9, out=str(tmp_path / "whole"))))
 
 
 def test_seed_decides_the_search(toy: Any, trainings: Any, tmp_path: Path) -> None:

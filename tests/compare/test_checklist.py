@@ -163,6 +163,9 @@ def test_a_larger_test_has_the_control_and_production_the_loss(name: str, contro
     assert compared(real["commands"][-1]).variants == arms
     assert [tuned(line).variant for line in real["commands"][:-1]] == list(arms)
     assert production["note"] == f"In the training code: tiedkl.FusedTiedLoss({keywords}"
+    assert ("its control" in real["go_on_if"]) == (control is not None)
+    assert ("once label_smoothing is 0" in production["monitor"][0]) == (name in ("ls", "re-ls"))
+    assert any("Training cross-entropy against" in text for text in real["monitor"]) == (name == "re")
 
 
 def test_seeds_are_added_to_a_budget(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

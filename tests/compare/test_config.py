@@ -54,8 +54,8 @@ def test_report_says_for_whom_the_settings_were_searched(toy: Any, tmp_path: Pat
     tuned = compare(toy(epochs=1, **load_config(file)))
     assert numbers(tuned) == numbers(plain)
     limit = (
-        "The settings (lr, dropout, ...) were searched for +REAL; the baseline uses them without a search of its own, "
-        "which favours +REAL."
+        "The settings (lr, dropout, ...) were searched for +REAL; the other variants use them without a search of "
+        "their own, which favours +REAL."
     )
     common = (
         "The settings are common to all variants, not tuned for each. On little text one of them, --embedding-range, "

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tiedkl.compare import compare, report, tables
+from tiedkl.compare import compare, page, report, tables
 from tiedkl.compare.markdown import markdown
 from tiedkl.compare.page import render
+from tiedkl.compare.settings import OWN
 
 from .made import built, run
 
@@ -151,6 +152,10 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_every_setting_that_may_differ_is_explained() -> None:
+    assert list(page.OWN_HINTS) == list(OWN)
 
 
 def test_page_needs_nothing_from_outside(trained: tuple[dict[str, Any], Path]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tiedkl.compare import Settings
 from tiedkl.compare.evidence import Run, kl_share
 from tiedkl.compare.page import render
+from tiedkl.compare.tables import certainty, p_value
 from tiedkl.compare.verdict import YES, decide
 
 from .made import built, run, three
@@ -212,28 +213,60 @@ def test_the_augmented_loss_is_held_against_label_smoothing_where_that_is_there(
     runs = {"baseline": three(100.0), "al": three(98.0), "re": three(97.0), "real": three(95.0)}
     alone = built(3, **runs)
     assert all(v["control"] is None for v in alone["variants"].values())
-    assert "with ls and re-ls among --variants this test tells." in " ".join(alone["limits"])
+    assert "ls and re-ls among --variants would show how they compare." in " ".join(alone["limits"])
     data = built(3, **runs, **{"re-ls": three(90.0)})
     control = data["variants"]["real"]["control"]
     assert control["name"] == "re-ls"
     assert control["percent"] == pytest.approx(100 * (95 / 90 - 1), rel=1e-4)  # the losses are float32
     assert data["variants"]["al"]["control"] is None
-    (said,) = [text for text in data["verdict"] if "instead of the augmented loss" in text]
-    start = "+REAL against +RE+LS, which has label smoothing instead of the augmented loss: +5.6% (+"
-    assert said.startswith(start)
-    assert said.endswith("; worse).")
-    assert "with ls among --variants this test tells." in " ".join(data["limits"])
-    assert data["verdict"][0].startswith("Yes: +RE+LS predicts unseen text 10.0% better")
+    (said,) = [text for text in data["verdict"] if "against label smoothing" in text]
+    assert said.startswith("+REAL against +RE+LS +5.6% (+")
+    assert said.endswith("; worse): the augmented loss against label smoothing.")
+    assert "ls among --variants would show how they compare." in " ".join(data["limits"])
     assert said in render(data)
+    columns, rows = certainty(data)
+    (row,) = [row for row in rows if row[0] == "+REAL vs +RE+LS"]
+    assert row[1] == "+5.6%"
+    assert row[-1] == p_value(control["over_both"]["p_holm"])
+    assert len({len(row) for row in (columns, *rows)}) == 1
 
     whole = built(3, **runs, **{"re-ls": three(90.0), "ls": three(98.0, spread=0.02)})
     assert not any("Label smoothing" in text for text in whole["limits"])
     (al,) = [text for text in whole["verdict"] if text.startswith("+AL against +LS")]
-    assert al.endswith("; undecided).")
+    assert "; undecided)" in al
     lost = built(3, **runs, **{"re-ls": [*three(90.0)[:2], run(90.0, None, seed=3, status="diverged")]})
-    assert any(text.endswith("; undecided).") and "+RE+LS, which has" in text for text in lost["verdict"])
+    assert any("+REAL against +RE+LS" in text and "; undecided)" in text for text in lost["verdict"])
     without = built(3, baseline=three(100.0), re=three(97.0), **{"re-ls": three(90.0)})
     assert not any("abel smoothing" in text for text in (*without["verdict"], *without["limits"]))
+    pair = built(3, real=three(95.0), **{"re-ls": three(90.0)})  # no baseline
+    assert any(text.startswith("+REAL against +RE+LS") for text in pair["verdict"])
+
+
+@pytest.mark.parametrize(
+    ("others", "start"),
+    [
+        (
+            {"re": 103.0, "real": 102.0},
+            "No: none of +RE and +REAL beats the baseline on this text; +REAL is nearest, 2",
+        ),
+        ({"real": 102.0}, "No: +REAL is 2.0% worse than the baseline ("),
+        ({"real": 97.0}, "Yes: +REAL predicts unseen text 3.0% better"),
+    ],
+)
+def test_a_control_is_not_the_method(others: dict[str, float], start: str) -> None:
+    """However good it is: the question is whether the method helps."""
+    runs = {name: three(test) for name, test in others.items()}
+    data = built(3, baseline=three(100.0), **runs, ls=three(90.0), **{"re-ls": three(80.0)})
+    assert data["verdict"][0].startswith(start)
+    assert data["outcome"] == start.partition(":")[0].lower()
+    assert "+LS -10.0% (" in " ".join(data["verdict"])
+    assert data["checklist"][0]["seen"][0].startswith("+REAL")
+
+
+def test_controls_alone_are_compared_all_the_same() -> None:
+    assert built(3, baseline=three(100.0), ls=three(90.0))["verdict"][0].startswith(
+        "Yes: +LS predicts unseen text 10.0%"
+    )
 
 
 def test_verdict_without_enough_results() -> None:

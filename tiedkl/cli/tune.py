@@ -15,6 +15,7 @@ from .compare import BAD_INPUT, DATA, INTERRUPTED, add_option, ctrl_c
 def _searched() -> str:
     """The ranges of a search, in words."""
     ranges = ", ".join(f"{name}={low:g}:{high:g}" for name, (low, high, _) in RANGES.items() if name not in ON_REQUEST)
+    ranges += ", of these what the variant has"
     low, high, _ = TRANSFORMER_LR
     more = ", ".join(f"{name}={RANGES[name].low:g}:{RANGES[name].high:g}" for name in ON_REQUEST)
     return f"{ranges}; lr={low:g}:{high:g} for transformer; not {more}, for lstm"

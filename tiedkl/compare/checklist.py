@@ -93,6 +93,8 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
         gain = f"the answer is Yes at this width too, the gain is at least half of the {-change:.1f}% seen here"
     else:
         gain = f"the answer is Yes at this width, which it was not here ({number(change, '+.1f', '%')})"
+    if name in CONTROLS:
+        gain += f", {v['label']} is better than {VARIANTS[CONTROLS[name]].label}, its control"
     small = [flag for flag, value in (("--budget", settings.budget), ("--max-tokens", settings.max_tokens)) if value]
     return {
         "stage": "Your real data, a larger model",
@@ -110,6 +112,7 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
         "monitor": [
             "Validation perplexity of every arm after every epoch; stop an arm that diverges.",
             f"KL on the training text: here it went {_kl(v)}." if v["augmented"] else
+            "Validation perplexity that rises again is overfitting." if v["smoothed"] else
             "Training cross-entropy against validation: a gap that grows is overfitting.",
         ],
         "memory": f"About {per_parameter:.0f} bytes a parameter in training here, without activations; the scratch of "
@@ -145,7 +148,8 @@ def _production(report: dict[str, Any], v: dict[str, Any], name: str) -> dict[st
         "go_on_if": "A training of full length in both arms, on one part of the real traffic, is better in your own "
         "measure of quality, not only in perplexity; keep the old model ready until then.",
         "monitor": [
-            "loss, ce and kl of TiedLossOutput, each apart; ce is what compares with the old model.",
+            "loss, ce and kl of TiedLossOutput, each apart; ce is what compares with the old model"
+            + (", once label_smoothing is 0." if about.smoothed else "."),
             "Gradient norm and the share of clipped steps in the first thousand steps.",
             "Tokens a second and peak memory against the old model.",
             f"Go back if validation perplexity at the same number of tokens is more than {MARGIN:.0f}% above the old "

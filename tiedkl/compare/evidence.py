@@ -110,7 +110,7 @@ def _entry(interval: Interval) -> dict[str, Any]:
 
 
 def adjust(changes: dict[str, dict[str, Any] | None]) -> None:
-    """Replace each `p_holm` by Holm's, over the variants that were compared with the baseline.
+    """Replace each `p_holm` by Holm's, over the variants that were compared with the baseline, or with their controls.
 
     Those of one kind of interval are a family, and last the `widest` of every variant, whatever their numbers of seeds.
     """

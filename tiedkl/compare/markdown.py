@@ -25,7 +25,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"## {title}", "", *rows(part), ""]
         if title.startswith("How sure"):
             lines += [*(f"- {kind}: {text}" for kind, text in SAYS.items()), ""]
-            lines += ["p-values are Holm's, for several comparisons with the baseline.", ""]
+            lines += ["p-values are Holm's, for several comparisons with the baseline, or with controls.", ""]
     facts, unknown = vocabulary(report["corpus"])
     lines += ["## Vocabulary", "", *(f"- {key}: {value}" for key, value in facts), ""]
     if unknown:

@@ -8,7 +8,7 @@ from .. import page
 from .evidence import SAYS
 from .per_variant import settings_table
 from .plots import COLOURS, changes, curve
-from .tables import certainty, quality, size, speed
+from .tables import certainty, compared, quality, size, speed
 from .verdict import best
 from .vocabulary import vocabulary
 
@@ -40,6 +40,7 @@ OWN_HINTS = {
     "embedding_range": "of the embedding's initial weights, on either side of 0",
     "temperature": "of the augmented loss",
     "gamma": "weight of the augmented loss, in units of the temperature",
+    "label_smoothing": "part of the target that +LS and +RE+LS spread over all words",
 }
 TEMPLATE = "report.html.j2"
 PLOTS = (
@@ -55,7 +56,8 @@ PLOTS = (
         "Training cross-entropy",
         "nats a token",
         False,
-        "The loss on the training text, with dropout. A variant whose curve falls here but not above overfits.",
+        "The loss on the training text, with dropout, and of +LS and +RE+LS with label smoothing. A variant whose "
+        "curve falls here but not above overfits.",
     ),
     (
         "train_kl",
@@ -76,7 +78,7 @@ def render(report: dict[str, Any]) -> str:
     kind = "LSTM" if config["model"] == "lstm" else "Transformer"
     facts, unknown = vocabulary(report["corpus"])
     names = list(variants)
-    compared = [name for name in names if variants[name]["evidence"]]
+    pairs = [name for name, _ in compared(report)]
     own = settings_table(report)
     return page.render(
         __package__,
@@ -91,7 +93,7 @@ def render(report: dict[str, Any]) -> str:
             *([("Settings that differ", own, OWN_HINTS, names)] if own else []),
         ],
         own=own,
-        certainty=(certainty(report), compared) if compared else None,
+        certainty=(certainty(report), pairs) if pairs else None,
         says=SAYS,
         best=best(report["variants"]) if report["outcome"] == "yes" else None,
         colours=COLOURS,

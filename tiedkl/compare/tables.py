@@ -15,7 +15,7 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # columns, rows
 def tables(report: dict[str, Any]) -> list[tuple[str, Table]]:
     """(title, (columns, rows)) of the tables of every report."""
     found = [("Quality", quality(report)), ("Memory", size(report)), ("Speed and cost", speed(report))]
-    if any(v["evidence"] for v in report["variants"].values()):
+    if compared(report):
         found.insert(1, ("How sure the change is", certainty(report)))
     if own := settings_table(report):
         found.append(("Settings that differ", own))
@@ -47,17 +47,30 @@ def quality(report: dict[str, Any]) -> Table:
 
 
 def certainty(report: dict[str, Any]) -> Table:
-    """The three intervals of each change."""
+    """The three intervals of each change against the baseline, and then against the controls."""
     columns = ("variant", "change", "seeds", "text", "both", "p seeds", "p text", "p both")
     rows = []
-    for v in report["variants"].values():
-        if not v["evidence"]:
-            continue
-        kinds = [v["evidence"][f"over_{kind}"] for kind in ("seeds", "text", "both")]
+    for name, to in compared(report):
+        v = report["variants"][name]
+        label, evidence = (v["label"], v["evidence"]) if to == "baseline" else (_against(report, name), v["control"])
+        kinds = [evidence[f"over_{kind}"] for kind in ("seeds", "text", "both")]
         intervals = [span(kind and kind["percent"], "+.1f", "%") for kind in kinds]
         p_values = [p_value(kind and kind["p_holm"]) for kind in kinds]
-        rows.append((v["label"], number(v["evidence"]["percent"], "+.1f", "%"), *intervals, *p_values))
+        rows.append((label, number(evidence["percent"], "+.1f", "%"), *intervals, *p_values))
     return columns, rows
+
+
+def compared(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The pairs of variants of which it is known how sure the change is: (name, "baseline" or its control)."""
+    variants = report["variants"]
+    pairs = [(name, "baseline") for name, v in variants.items() if v["evidence"]]
+    return pairs + [(name, v["control"]["name"]) for name, v in variants.items() if v["control"]]
+
+
+def _against(report: dict[str, Any], name: str) -> str:
+    """`+REAL vs +RE+LS`."""
+    v = report["variants"][name]
+    return f"{v['label']} vs {report['variants'][v['control']['name']]['label']}"
 
 
 def size(report: dict[str, Any]) -> Table:

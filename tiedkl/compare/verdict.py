@@ -24,7 +24,7 @@ IN_WORDS = {"yes": "better", "no": "worse", "draw": "a draw", "one seed": "one s
 
 
 def decide(evidence: dict[str, Any], *, diverged: bool = False) -> str:
-    """What a change against the baseline (evidence.py) shows: yes | no | draw | one seed | undecided.
+    """What a change against the baseline, or a control (evidence.py), shows: yes | no | draw | one seed | undecided.
 
     yes: all of `YES`. no: the same for a variant that is worse. draw: the whole interval lies within `MARGIN` on either
     side. one seed: one of these three, but of a single seed, which says nothing of others. undecided: all else, and
@@ -55,9 +55,11 @@ def outcomes(variants: dict[str, Any]) -> dict[str, str]:
 def best(variants: dict[str, Any]) -> str | None:
     """The name of the variant that the verdict speaks of, None where none was compared with the baseline.
 
-    Of those that are proven to be better the best; where none is, of those that one seed proves; else of all.
+    Of those that are proven to be better the best; where none is, of those that one seed proves; else of all. A control
+    is not the method, and is none of them where there are others.
     """
     found = outcomes(variants)
+    found = {name: said for name, said in found.items() if not variants[name]["smoothed"]} or found
 
     def rank(name: str) -> tuple[int, float]:
         change = variants[name]["evidence"]["percent"]
@@ -121,22 +123,20 @@ def _fairness(
 
 
 def _without_control(variants: dict[str, Any]) -> Iterator[str]:
-    """That a simpler regulariser was not tried beside the augmented loss."""
+    """That the augmented loss has no control beside it."""
     missing = [CONTROLS[name] for name in variants if name in CONTROLS and CONTROLS[name] not in variants]
     if missing:
         yield (
-            "Label smoothing, a simpler regulariser, may do as much as the augmented loss: with "
-            f"{' and '.join(missing)} among --variants this test tells."
+            "Label smoothing, a simpler regulariser, may do as much as the augmented loss: "
+            f"{' and '.join(missing)} among --variants would show how they compare."
         )
 
 
 def _searched_for(tuned_for: str) -> str:
-    baseline = tuned_for == "baseline"
-    favoured = "the baseline" if baseline else VARIANTS[tuned_for].label
-    others, own = ("the other variants use", "their") if baseline else ("the baseline uses", "its")
+    favoured = "the baseline" if tuned_for == "baseline" else VARIANTS[tuned_for].label
     return (
-        f"The settings (lr, dropout, ...) were searched for {favoured}; {others} them without a search of {own} own, "
-        f"which favours {favoured}."
+        f"The settings (lr, dropout, ...) were searched for {favoured}; the other variants use them without a search "
+        f"of their own, which favours {favoured}."
     )
 
 
@@ -167,6 +167,7 @@ def verdict(
         )
     else:
         sentences.append("There is nothing to compare yet: fewer than two variants have been trained to the end.")
+    sentences += _beside_controls(variants)
     if missing:
         of = "" if n_seeds == 1 else f" with all {n_seeds} seeds"
         again = "The same command without --fresh" if fresh else "The same command"
@@ -195,14 +196,15 @@ def _rivals(variants: dict[str, Any], name: str) -> list[str]:
     found = outcomes(variants)
     if found[name] not in ("no", "one seed") or variants[name]["evidence"]["percent"] < MARGIN:
         return []
-    return [v["label"] for n, v in variants.items() if n != "baseline" and found.get(n, "undecided") == "undecided"]
+    others = [(n, v) for n, v in variants.items() if n != "baseline" and not v["smoothed"]]
+    return [v["label"] for n, v in others if found.get(n, "undecided") == "undecided"]
 
 
 def _against_baseline(
     variants: dict[str, Any], name: str, outcome: str, corpus: dict[str, Any], rivals: list[str]
 ) -> list[str]:
     v, base = variants[name], variants["baseline"]
-    sentences = [_answer(v, outcome, diverged(variants, name, "baseline"), rivals)]
+    sentences = [_answer(v, outcome, diverged(variants, name, "baseline"), rivals, _method(variants))]
     if outcome == "one seed":
         sentences.append("Whether another random seed says the same is not known: --seeds 3 finds out.")
     if v["tied"]:
@@ -210,10 +212,10 @@ def _against_baseline(
             f"It has {-v['change']['parameters']:.0f}% fewer parameters "
             f"({v['parameters']:,} instead of {base['parameters']:,})."
         )
-    rest = [_briefly(variants[other], said) for other, said in outcomes(variants).items() if other != name]
+    others = {other: said for other, said in outcomes(variants).items() if other != name}
+    rest = [_briefly(variants[o]["label"], variants[o]["evidence"], said) for o, said in others.items()]
     if rest:
         sentences.append(f"The others against the baseline (less is better): {', '.join(rest)}.")
-    sentences += _beside_controls(variants)
     if (unknown := 100 * corpus["oov_rate"]["test"]) > UNKNOWN:
         sentences.append(
             f"{unknown:.0f}% of the test tokens are words outside the vocabulary, all of them <unk>: much of what is "
@@ -227,17 +229,20 @@ def _against_baseline(
     return sentences
 
 
+def _method(variants: dict[str, Any]) -> list[str]:
+    """Labels of what the answer speaks of where there are controls too, of which it does not; empty where none are."""
+    others = {name: v for name, v in variants.items() if name != "baseline"}
+    found = [v["label"] for v in others.values() if not v["smoothed"]]
+    return found if len(found) < len(others) else []
+
+
 def _beside_controls(variants: dict[str, Any]) -> Iterator[str]:
     """What the augmented loss does that label smoothing does not."""
     for name, v in variants.items():
         if control := v["control"]:
-            other = control["name"]
-            said = decide(control, diverged=bool(diverged(variants, name, other)))
-            change, interval = number(control["percent"], "+.1f", "%"), span(widest(control)["percent"], "+.1f")
-            yield (
-                f"{v['label']} against {variants[other]['label']}, which has label smoothing instead of the augmented "
-                f"loss: {change} ({interval}; {IN_WORDS[said]})."
-            )
+            said = decide(control, diverged=bool(diverged(variants, name, control["name"])))
+            label = f"{v['label']} against {variants[control['name']]['label']}"
+            yield f"{_briefly(label, control, said)}: the augmented loss against label smoothing."
 
 
 def _wider_vocabulary(corpus: dict[str, Any]) -> str:
@@ -287,16 +292,18 @@ def _strength(variants: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _briefly(v: dict[str, Any], outcome: str) -> str:
-    """A variant's change against the baseline with its interval, and what is proven."""
-    change, interval = number(v["evidence"]["percent"], "+.1f", "%"), span(widest(v["evidence"])["percent"], "+.1f")
-    return f"{v['label']} {change} ({interval}; {IN_WORDS[outcome]})"
+def _briefly(label: str, evidence: dict[str, Any], outcome: str) -> str:
+    """A change with its interval, and what is proven."""
+    change, interval = number(evidence["percent"], "+.1f", "%"), span(widest(evidence)["percent"], "+.1f")
+    return f"{label} {change} ({interval}; {IN_WORDS[outcome]})"
 
 
-def _answer(v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]], rivals: list[str]) -> str:
+def _answer(
+    v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]], rivals: list[str], method: list[str]
+) -> str:
     """The first sentence: the outcome, the size of the change, and its proof in brackets.
 
-    lost: the runs of the variant and of the baseline that diverged. rivals: `_rivals`.
+    lost: the runs of the variant and of the baseline that diverged. rivals: `_rivals`. method: `_method`.
     """
     evidence, label, sure = v["evidence"], v["label"], widest(v["evidence"])
     n_seeds, change, (low, high) = len(evidence["seeds"]), evidence["percent"], sure["percent"]
@@ -327,9 +334,16 @@ def _answer(v: dict[str, Any], outcome: str, lost: list[tuple[str, int, int]], r
     if rivals:
         rest = _list(rivals, "does", "do")
         return f"Undecided: {label} is {change:.1f}% worse than the baseline ({proof}), but what {rest} is not known."
-    return f"{start}: nothing beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({proof})."
+    if len(method) == 1:
+        return f"{start}: {label} is {change:.1f}% worse than the baseline ({proof})."
+    none = f"none of {_names(method)}" if method else "nothing"
+    return f"{start}: {none} beats the baseline on this text; {label} is nearest, {change:.1f}% worse ({proof})."
 
 
 def _list(names: list[str], one: str = "is", more: str = "are") -> str:
     """The names and their verb."""
-    return f"{names[0]} {one}" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} {more}"
+    return f"{_names(names)} {one if len(names) == 1 else more}"
+
+
+def _names(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

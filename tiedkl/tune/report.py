@@ -5,16 +5,18 @@ best.json: `schema` 1, `settings` (keywords of `tiedkl.compare.Settings`), `loss
 `trials` (number, state, note, defaults, params, valid_ppl, epochs, seconds), `text`, `training`, `verdict`, `commands`
 (what to do with it, as `commands` below has it).
 
-`check` is the winner against the defaults with other seeds: `trial`, `valid_ppl` (seed, defaults, best; null where the
-training diverged), `diverged` (seed, settings, note), and `test`, the test split (evidence.py; null where no seed has
-both). It is null where it was not done, and `unchecked` says why. Where the best trial is not better than the defaults
-on validation with the other seeds, the next best of `FINALISTS` that is becomes the winner; `check["rejected"]` lists
-the `trial` and `valid_ppl` of those that are not.
+`check` is a trial against the defaults with other seeds: `trial`, `valid_ppl` (seed, defaults, best; null where the
+training diverged), `diverged` (seed, settings, note), `held` (whether it is better on validation, on average, and none
+diverged), and `test`, the test split (evidence.py; null where no seed has both). That trial is the best that held, of
+`FINALISTS`; `rejected` has what was found of those before it. Where none held it is the best of the search, `rejected`
+has the others, and the settings of best.json are the defaults; `unfinished` is the next one to be checked where time or
+the user ended it. `check` is null where it was not begun, and `unchecked` says why.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from ..compare.checklist import SEEDS
 from ..compare.command import OUT, compare_command, config, options, search_of_all
 from ..compare.evidence import widest
 from ..compare.markdown import rows as markdown_rows
-from ..compare.settings import OWN, VARIANTS, Settings
+from ..compare.settings import OWN, PAPER_VARIANTS, VARIANTS, Settings
 from ..compare.statistics import perplexity
 from ..compare.store import write_atomically
 from ..compare.tables import number
@@ -77,7 +79,7 @@ def result(
     """The content of best.json; its settings are the defaults while no trial is complete."""
     defaults, best = pair(study)
     if checked is not None:
-        best = next(t for t in complete(study) if t.number == checked["trial"])
+        best = defaults if none_held(checked) else next(t for t in complete(study) if t.number == checked["trial"])
     wanting = checked is None and defaults is not None and best is not None and best.number != defaults.number
     params = dict(best.params) if best else settings.defaults()
     kept = {name: task.config[name] for name in KEPT} | {"tokenizer": settings.tokenizer}
@@ -113,8 +115,18 @@ def _row(trial: Any) -> dict[str, Any]:
     }
 
 
+def none_held(check: dict[str, Any]) -> bool:
+    """Whether every finalist was worse than the defaults on validation with the other seeds, or diverged."""
+    by_defaults = any(d["settings"] == "defaults" for d in check["diverged"])
+    return not (check["held"] or by_defaults or check["unfinished"] is not None)
+
+
 def verdict(found: dict[str, Any]) -> list[str]:
     """Sentences: the gain in the search, and what other seeds and the test split say of it."""
+    check = found["check"]
+    if check is not None and none_held(check):
+        tried = [check, *check["rejected"]]
+        return [f"Nothing beats the defaults: better in the search, but {_with_seeds(check)} not: {_trials(tried)}."]
     old, new = found["valid_ppl"]["defaults"], found["valid_ppl"]["best"]
     if old is None or new is None:
         return [_without_defaults(found)]
@@ -124,35 +136,50 @@ def verdict(found: dict[str, Any]) -> list[str]:
         f"Improves on the defaults: validation perplexity {new:.2f} instead of {old:.2f} "
         f"({100 * (new / old - 1):+.1f}%), trial {found['trial']}, the seed of the search."
     )
-    check = found["check"]
     if check is None:
         return [first, f"The best of many trials looks better than it is. {found['unchecked']}"]
-    test, n = check["test"], len(check["valid_ppl"])
-    with_seeds = f"with {n} other seed{'' if n == 1 else 's'}"
+    if check["unfinished"] is not None:
+        tried = [check, *check["rejected"]]
+        return [
+            first,
+            f"It does not hold {_with_seeds(check)}: {_trials(tried)}. The next best, trial {check['unfinished']}, is "
+            "not checked to the end yet: the same command, without --fresh, goes on.",
+        ]
     if check["diverged"]:
         where = ", ".join(f"with the {d['settings']} settings and seed {d['seed']}" for d in check["diverged"])
-        return [first, f"It does not hold {with_seeds}: training diverged {where}.", *_rejected(found)]
+        return [first, f"It does not hold {_with_seeds(check)}: training diverged {where}."]
+    test, n = check["test"], len(check["valid_ppl"])
     low, high = widest(test)["percent"]
     better = sum(row["best"] < row["defaults"] for row in check["valid_ppl"])
     holds = "It holds" if high < 0 else "It does not hold" if low > 0 else "It is not proven"
-    return [
+    sentences = [
         first,
-        f"{holds} {with_seeds} on the test text, which no trial has seen: perplexity "
+        f"{holds} {_with_seeds(check)} on the test text, which no trial has seen: perplexity "
         f"{test['test_ppl'][0]:.2f} instead of {test['test_ppl'][1]:.2f} ({test['percent']:+.1f}%, 95% interval "
         f"{low:+.1f} to {high:+.1f}%); validation perplexity better with {better} of {n}.",
-        *_rejected(found),
     ]
+    if check["rejected"]:
+        sentences.append(
+            f"Better in the search, but {_with_seeds(check)} not: {_trials(check['rejected'])}. As these seeds also "
+            "decided that, the gain looks a little better than it is."
+        )
+    return sentences
 
 
-def _rejected(found: dict[str, Any]) -> list[str]:
-    """Which other trials did not hold with the seeds of the check: better ones, or, where none held, the next best."""
-    tried = [entry["trial"] for entry in found["check"]["rejected"]]
-    if not tried:
-        return []
-    names = " and ".join(f"trial {k}" for k in tried)
-    if found["trials"][tried[0]]["valid_ppl"] < found["valid_ppl"]["best"]:
-        return [f"Better in the search, but with the other seeds no better than the defaults on validation: {names}."]
-    return [f"Nor with these seeds better than the defaults on validation: {names}, the next best."]
+def _with_seeds(check: dict[str, Any]) -> str:
+    n = len(check["valid_ppl"])
+    return f"with {n} other seed{'' if n == 1 else 's'}"
+
+
+def _trials(checks: list[dict[str, Any]]) -> str:
+    """Trials that did not hold, each with why."""
+    parts = []
+    for check in checks:
+        pairs = [(row["best"], row["defaults"]) for row in check["valid_ppl"] if row["best"] and row["defaults"]]
+        change = 100 * (math.prod(new / old for new, old in pairs) ** (1 / len(pairs)) - 1) if pairs else 0.0
+        what = "diverged" if check["diverged"] else f"{change:+.1f}% of validation perplexity"
+        parts.append(f"trial {check['trial']} ({what})")
+    return ", ".join(parts)
 
 
 def _without_defaults(found: dict[str, Any]) -> str:
@@ -183,7 +210,7 @@ def table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     columns = ("trial", "state", *names, "valid ppl", "epochs", "seconds")
     body = []
     for t in found["trials"]:
-        mark = " (defaults)" if t["defaults"] else " (best)" if t["number"] == found["trial"] else ""
+        mark = " (defaults)" if t["defaults"] else " (winner)" if t["number"] == found["trial"] else ""
         cells = (number(t["params"].get(name), ".4g") for name in names)
         figures = (number(t["valid_ppl"], ",.2f"), str(t["epochs"]), number(t["seconds"], ",.1f"))
         body.append((f"{t['number']}{mark}", t["state"], *cells, *figures))
@@ -217,9 +244,10 @@ def commands(settings: TuneSettings) -> list[str]:
     search = replace(settings, variant=other, out=str(out), search=searched, fresh=False)
     # the rest is in best.json
     again = Settings(data=settings.data, impl=settings.impl, device=settings.device, threads=settings.threads)
+    arms = None if own in PAPER_VARIANTS else (*PAPER_VARIANTS, own)  # the default has no control
     fair = compare_command(again, variants=(other, own), seeds=SEEDS, out="tuned")
     return [
-        compare_command(again, seeds=SEEDS, out=f"tuned-{own}") + config(best),
+        compare_command(again, seeds=SEEDS, out=f"tuned-{own}", **({"variants": arms} if arms else {})) + config(best),
         f"tiedkl tune{options(search)}",
         fair + config(out / BEST, other) + config(best, own),
     ]

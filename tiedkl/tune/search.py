@@ -18,7 +18,7 @@ import torch
 from ..compare.evidence import Run, against
 from ..compare.lock import locked
 from ..compare.settings import CompareError, parse_duration
-from ..compare.store import Store
+from ..compare.store import Store, differences
 from ..compare.tables import number
 from ..compare.training import Diverged
 from . import report
@@ -134,30 +134,20 @@ def _check(
 ) -> dict[str, Any] | None:
     """The winner and the defaults with other seeds, on the test split, which no trial has seen (form: report.py).
 
-    The winner is the best of the finalists that is better than the defaults on validation with these seeds; where none
-    is, the best of the search. None when `over` says stop, and when there is nothing to compare. Trainings that have
-    ended are kept in files, so that a check goes on where it was stopped.
+    The winner is the best of the finalists that is better than the defaults on validation with these seeds. None when
+    `over` says stop before the first is checked, and when there is nothing to compare. Trainings that have ended are
+    kept in files, so that a check goes on where it was stopped.
     """
     defaults, _ = report.pair(study)
-    checks: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]] = []
     for trial in report.finalists(study):
         found = _against_defaults(settings, task, defaults, trial, Store(str(out)), say, over)
         if found is None:
-            return None
-        checks.append(found)
-        if holds(found) or any(d["settings"] == "defaults" for d in found["diverged"]):
-            break
-    if not checks:
-        return None
-    winner = checks[-1] if holds(checks[-1]) else checks[0]
-    rejected = [{"trial": c["trial"], "valid_ppl": c["valid_ppl"]} for c in checks if c is not winner]
-    return winner | {"rejected": rejected}
-
-
-def holds(check: dict[str, Any]) -> bool:
-    """Whether the trial is better than the defaults on validation, on average over the seeds, without divergence."""
-    rows = check["valid_ppl"]
-    return not check["diverged"] and math.fsum(math.log(row["best"] / row["defaults"]) for row in rows) < 0
+            return tried[0] | {"rejected": tried[1:], "unfinished": trial.number} if tried else None
+        if found["held"] or any(d["settings"] == "defaults" for d in found["diverged"]):
+            return found | {"rejected": tried, "unfinished": None}
+        tried.append(found)
+    return tried[0] | {"rejected": tried[1:], "unfinished": None} if tried else None
 
 
 def _against_defaults(
@@ -187,8 +177,9 @@ def _against_defaults(
             f"check of trial {trial.number} with seed {seed}: valid ppl {number(row['best'], '.2f')}, "
             f"{number(row['defaults'], '.2f')} (defaults)"
         )
+    held = not diverged and math.fsum(math.log(row["best"] / row["defaults"]) for row in rows) < 0
     test = against(runs["defaults"], runs["best"])
-    return {"trial": trial.number, "valid_ppl": rows, "diverged": diverged, "test": test}
+    return {"trial": trial.number, "valid_ppl": rows, "diverged": diverged, "held": held, "test": test}
 
 
 def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[], bool]) -> dict[str, Any] | None:
@@ -199,7 +190,7 @@ def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[]
     name = f"check-{trial.number}-{seed}"
     made_for = json.dumps([task.identity, trial.params], sort_keys=True)
     kept = store.load(name, torch.device("cpu"))
-    if kept is None or kept.get("made_for") != made_for:
+    if kept is None or not _same(kept.get("made_for"), made_for):
         if over():
             return None
         try:
@@ -211,3 +202,11 @@ def _training(task: Task, trial: Any, seed: int, store: Store, over: Callable[[]
             kept = {"valid_ppl": None, "losses": None, "diverged": str(error)}
         store.save(name, kept | {"made_for": made_for})
     return kept
+
+
+def _same(old: str | None, new: str) -> bool:
+    """Whether a training that was kept is of this study and these parameters."""
+    if old is None:
+        return False
+    (identity, params), (own, wanted) = json.loads(old), json.loads(new)
+    return bool(params == wanted and not differences(identity, own))

@@ -78,11 +78,12 @@ def prepare(study: Any, settings: TuneSettings, worker: int) -> None:
     """Make ready for the next `ask`: a sampler with a seed of its own, and a point near the defaults at the beginning.
 
     All that is drawn depends on the number of trials, without those that were interrupted: they are queued again. So a
-    search of one process that was stopped goes on as if it had not been.
+    search of one process that was stopped tries the points that it would have tried. (Hyperband goes by the number of
+    a trial, and may end others early.)
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(REASON) != ABANDONED]
     study.sampler = optuna().samplers.TPESampler(
-        seed=settings.seed + 1000 * worker + len(trials),
+        seed=random.Random(f"{settings.seed}-{worker}-{len(trials)}").getrandbits(31),
         n_startup_trials=startup(settings) + 1,
         constant_liar=settings.jobs > 1,
     )

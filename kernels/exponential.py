@@ -5,6 +5,7 @@ Some dozen fused multiply-adds an element; a GPU's exponential units are no fast
 have 16 bits, and no difference of near results is taken, their 2 ulp are enough: FAST.
 """
 
+import contextlib
 import os
 
 import triton
@@ -13,6 +14,10 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.44269504088896341)
 NEAR = tl.constexpr(0.7)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+if INTERPRETED.value:
+    # else Triton imports it in the midst of a kernel, with `print` for `static_print`, which Python 3.10 cannot inspect
+    with contextlib.suppress(ImportError):
+        import triton.experimental.gluon  # noqa: F401
 
 
 @triton.jit

@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "
 if INTERPRETED.value:
     # else Triton imports it in the midst of a kernel, with `print` for `static_print`, which Python 3.10 cannot inspect
     with contextlib.suppress(ImportError):
-        import triton.experimental.gluon  # noqa: F401
+        import triton.experimental.gluon
 
 
 @triton.jit

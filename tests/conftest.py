@@ -24,7 +24,7 @@ def patch_triton_once() -> None:
     By itself it looks through all of them in every call that a kernel makes, which takes a third of the time.
     """
     try:
-        import triton.experimental.gluon  # as kernels/exponential.py does: before anything is patched
+        import triton.experimental.gluon  # noqa: F401  (as kernels/exponential.py: before anything is patched)
         import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:

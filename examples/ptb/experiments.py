@@ -170,7 +170,7 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
 def _wide(experiment: str, base: dict[str, Any], *, untied: float, fraction: float) -> Iterator[Run]:
     """As `base`, each variant from the embedding, of +-0.1, +-0.3 and +-1, that is best for it on validation.
 
-    That is +-0.3 with tied weights; `untied` without. The other of the two has one seed.
+    That is +-0.3 with tied weights; `untied` without. The other of +-0.3 and +-1 has one seed.
     """
     tied, both = 0.3, {0.3, 1.0}
     run = partial(_changed, experiment, base, fraction=fraction)
@@ -204,7 +204,7 @@ def experiments() -> dict[str, list[Run]]:
         ],
         "sixteenth": list(_sixteenth()),
         "wide": list(_wide("wide", SIXTEENTH, untied=1.0, fraction=1 / 16)),
-        "wide_quarter": list(_wide("wide_quarter", QUARTER, untied=1.0, fraction=1 / 4)),
+        "wide_quarter": list(_wide("wide_quarter", QUARTER, untied=0.3, fraction=1 / 4)),
         "long": _four("long", LONG, fraction=1 / 16),
         "quarter": list(_and_more("quarter", QUARTER, fraction=1 / 4)),
         # on a sixteenth it learns word frequencies and no more

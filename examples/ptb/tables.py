@@ -47,6 +47,7 @@ TITLES = {
     "quarter": "Two layers of 200 units, a quarter of the training text",
     "sixteenth": "Two layers of 200 units, a sixteenth of the training text",
     "wide": "Two layers of 200 units, a sixteenth of the training text, wider initial embeddings",
+    "wide_quarter": "Two layers of 200 units, a quarter of the training text, wider initial embeddings",
     "long": "Two layers of 200 units, a sixteenth of the training text, 40 epochs",
     "transformer": "A Transformer of two layers, a quarter of the training text",
     "help_texts": "A Transformer on Python's help texts, with the defaults of `tiedkl compare --model transformer`",
@@ -95,6 +96,9 @@ and the embedding of a finished +RE that has seen all of the text, sixteen times
 The settings of the sixteenth above, where everything starts in ±0.1. The embedding starts in ±1 for the baseline and
 +AL, and in ±0.3 for +RE and +REAL, where it is the output matrix too: of 0.1, 0.3 and 1 the best for each on
 validation.""",
+    "wide_quarter": """\
+The settings of the quarter above, where everything starts in ±0.1. All embeddings start in ±0.3; of ±1 a run says
+what it does.""",
     "long": """\
 The schedule of the Keras reimplementation: the rate falls by a tenth an epoch after the fifth.""",
     "readings": "On a quarter of the training text, four epochs at the full rate.",

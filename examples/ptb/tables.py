@@ -211,18 +211,15 @@ def against_paper(found: dict[str, Figures]) -> str:
                 for run in runs_of(figures, label)
                 if UNITS.get(experiment) == units and run.result["valid_ppl"]
             ]
-            if not runs:
-                cells = [cell for of_paper in paper for cell in ("-", f"{of_paper:.1f}", "-")]
-                rows.append([f"{units:,}", name_of(label), *cells, "not trained"])
-                continue
-            best, experiment = min(runs, key=lambda pair: pair[0]["valid_ppl"])
-            cells = []
+            best, experiment = min(runs, key=lambda pair: pair[0]["valid_ppl"], default=({}, None))
+            cells, which = [], "not trained"
             for key, of_paper in zip(("valid_ppl", "test_ppl"), paper, strict=True):
-                ours = best[key]
+                ours = best.get(key)
                 difference = None if ours is None else 100 * (ours / of_paper - 1)
                 cells += [number(ours, ".2f"), f"{of_paper:.1f}", number(difference, "+.1f", "%")]
-            stopped = "" if best["status"] == "done" else f", stopped after {best['epochs_done']:.0f}"
-            which = f"`{experiment}`, seed {best['seed']}, {best['epochs_planned']} epochs{stopped}"
+            if best:
+                stopped = "" if best["status"] == "done" else f", stopped after {best['epochs_done']:.0f}"
+                which = f"`{experiment}`, seed {best['seed']}, {best['epochs_planned']} epochs{stopped}"
             rows.append([f"{units:,}", name_of(label), *cells, which])
     return markdown(columns, rows)
 
@@ -246,9 +243,7 @@ def by_fraction(found: dict[str, Figures]) -> list[str]:
         change = changes(runs, "baseline")
         if change:
             tokens = next(iter(figures.values()))["text"]["tokens"]["train"]
-            cells = [
-                in_words(change.get(label), runs.get(label, [])) for label in PAPER_VARIANTS if label != "baseline"
-            ]
+            cells = [in_words(change.get(label), runs.get(label, [])) for label in others]
             rows.append([fraction, f"{tokens:,}", perplexity(runs["baseline"], "test_ppl"), *cells])
     columns += map(name_of, others)
     return ["## By amount of training text", markdown(columns, rows), FRACTIONS] if rows else []

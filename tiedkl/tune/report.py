@@ -26,7 +26,7 @@ from ..compare.command import OUT, compare_command, config, options, search_of_a
 from ..compare.evidence import widest
 from ..compare.markdown import rows as markdown_rows
 from ..compare.settings import OWN, PAPER_VARIANTS, VARIANTS, Settings
-from ..compare.statistics import perplexity
+from ..compare.statistics import percent, perplexity
 from ..compare.store import write_atomically
 from ..compare.tables import number
 from ..environment import finite
@@ -117,8 +117,19 @@ def _row(trial: Any) -> dict[str, Any]:
 
 def none_held(check: dict[str, Any]) -> bool:
     """Whether every finalist was worse than the defaults on validation with the other seeds, or diverged."""
-    by_defaults = any(d["settings"] == "defaults" for d in check["diverged"])
-    return not (check["held"] or by_defaults or check["unfinished"] is not None)
+    return not (check["held"] or defaults_diverged(check) or check["unfinished"] is not None)
+
+
+def defaults_diverged(check: dict[str, Any]) -> bool:
+    """Whether there is nothing to compare a trial with."""
+    return any(d["settings"] == "defaults" for d in check["diverged"])
+
+
+def valid_change(rows: list[dict[str, Any]]) -> float | None:
+    """The change of validation perplexity against the defaults in per cent, over the seeds; None where one diverged."""
+    if any(row["best"] is None or row["defaults"] is None for row in rows):
+        return None
+    return percent(math.fsum(math.log(row["best"] / row["defaults"]) for row in rows) / len(rows))
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
@@ -175,9 +186,8 @@ def _trials(checks: list[dict[str, Any]]) -> str:
     """Trials that did not hold, each with why."""
     parts = []
     for check in checks:
-        pairs = [(row["best"], row["defaults"]) for row in check["valid_ppl"] if row["best"] and row["defaults"]]
-        change = 100 * (math.prod(new / old for new, old in pairs) ** (1 / len(pairs)) - 1) if pairs else 0.0
-        what = "diverged" if check["diverged"] else f"{change:+.1f}% of validation perplexity"
+        change = valid_change(check["valid_ppl"])
+        what = "diverged" if change is None else f"{change:+.1f}% of validation perplexity"
         parts.append(f"trial {check['trial']} ({what})")
     return ", ".join(parts)
 
@@ -244,10 +254,10 @@ def commands(settings: TuneSettings) -> list[str]:
     search = replace(settings, variant=other, out=str(out), search=searched, fresh=False)
     # the rest is in best.json
     again = Settings(data=settings.data, impl=settings.impl, device=settings.device, threads=settings.threads)
-    arms = None if own in PAPER_VARIANTS else (*PAPER_VARIANTS, own)  # the default has no control
+    arms = tuple(dict.fromkeys((*PAPER_VARIANTS, own)))  # the default has no control
     fair = compare_command(again, variants=(other, own), seeds=SEEDS, out="tuned")
     return [
-        compare_command(again, seeds=SEEDS, out=f"tuned-{own}", **({"variants": arms} if arms else {})) + config(best),
+        compare_command(again, variants=arms, seeds=SEEDS, out=f"tuned-{own}") + config(best),
         f"tiedkl tune{options(search)}",
         fair + config(out / BEST, other) + config(best, own),
     ]

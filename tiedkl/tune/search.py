@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -138,13 +137,13 @@ def _check(
     `over` says stop before the first is checked, and when there is nothing to compare. Trainings that have ended are
     kept in files, so that a check goes on where it was stopped.
     """
-    defaults, _ = report.pair(study)
+    (defaults, _), store = report.pair(study), Store(str(out))
     tried: list[dict[str, Any]] = []
     for trial in report.finalists(study):
-        found = _against_defaults(settings, task, defaults, trial, Store(str(out)), say, over)
+        found = _against_defaults(settings, task, defaults, trial, store, say, over)
         if found is None:
             return tried[0] | {"rejected": tried[1:], "unfinished": trial.number} if tried else None
-        if found["held"] or any(d["settings"] == "defaults" for d in found["diverged"]):
+        if found["held"] or report.defaults_diverged(found):
             return found | {"rejected": tried, "unfinished": None}
         tried.append(found)
     return tried[0] | {"rejected": tried[1:], "unfinished": None} if tried else None
@@ -177,7 +176,8 @@ def _against_defaults(
             f"check of trial {trial.number} with seed {seed}: valid ppl {number(row['best'], '.2f')}, "
             f"{number(row['defaults'], '.2f')} (defaults)"
         )
-    held = not diverged and math.fsum(math.log(row["best"] / row["defaults"]) for row in rows) < 0
+    change = report.valid_change(rows)
+    held = change is not None and change < 0
     test = against(runs["defaults"], runs["best"])
     return {"trial": trial.number, "valid_ppl": rows, "diverged": diverged, "held": held, "test": test}
 

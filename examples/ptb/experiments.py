@@ -159,6 +159,11 @@ def _without_bias(experiment: str, settings: dict[str, Any], seed: int, **more: 
     ]
 
 
+def _smoothed(experiment: str, settings: dict[str, Any], seed: int, **more: Any) -> Run:
+    """+RE with label smoothing instead of the augmented loss."""
+    return Run(experiment, "re,smoothing=0.1", "re", seed, settings, loss={"label_smoothing": 0.1}, **more)
+
+
 def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterator[Run]:
     """The four variants; both losses with eight times the published strength; no bias; label smoothing instead.
 
@@ -168,7 +173,7 @@ def _and_more(experiment: str, settings: dict[str, Any], **more: Any) -> Iterato
         yield from _four(experiment, settings, [seed], **more)
         yield from _stronger(experiment, settings, seed, **more)
         yield from _without_bias(experiment, settings, seed, **more)
-        yield Run(experiment, "re,smoothing=0.1", "re", seed, settings, loss={"label_smoothing": 0.1}, **more)
+        yield _smoothed(experiment, settings, seed, **more)
 
 
 def _wide(experiment: str, base: dict[str, Any], *, untied: float, fraction: float) -> Iterator[Run]:
@@ -198,6 +203,7 @@ def experiments() -> dict[str, list[Run]]:
             *_four("small", small),
             *(r for seed in SEEDS for r in reversed(_without_bias("small", small, seed))),
             *(r for seed in SEEDS for r in reversed(_stronger("small", small, seed))),
+            *(_smoothed("small", small, seed) for seed in SEEDS),
         ],
         "small40": [*_four("small40", small40, [1]), *reversed(_stronger("small40", small40, 1))],
         "small42": [r for seed in SEEDS for r in _four("small42", SMALL42, [seed])[::-1]],  # +REAL first

@@ -81,7 +81,7 @@ def test_an_experiment_that_is_stopped_goes_on_to_the_same_figures(
     assert "all runs are done" in start("run", *common, *whole, "--jobs", "2")
     folder = str(tmp_path / "b")
     parts = ("--runs", folder, "--results", folder)
-    assert "3 of 3 runs are left" in run("run", *common, *parts, "--minutes", "0")
+    assert "4 of 4 runs are left" in run("run", *common, *parts, "--minutes", "0")
     args = modules["run"].arguments([*common, *parts])
     for chosen, identity in modules["run"].chosen_runs(args):  # stop each after its first step
         left = modules["run"].train(chosen, args, identity, deadline=0.0, parent=os.getppid())
@@ -91,7 +91,7 @@ def test_an_experiment_that_is_stopped_goes_on_to_the_same_figures(
     right = numbers(tmp_path / "a" / "small.json")
     assert numbers(tmp_path / "b" / "small.json") == right
     assert {status for status, *_ in right.values()} == {"done"}
-    assert "3 of 3 runs are done" in run("run", *common, *parts), "nothing is trained twice"
+    assert "4 of 4 runs are done" in run("run", *common, *parts), "nothing is trained twice"
     page = start("tables", "--results", str(tmp_path / "a"))
     assert "| +REAL | " in page
     assert "| 86.3 | 82.7 | -5.3% |" in page, "the paper's figures stand beside"

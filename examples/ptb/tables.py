@@ -116,7 +116,7 @@ The schedule of the Keras reimplementation: the rate falls by a tenth an epoch a
     "readings": "On a quarter of the training text, four epochs at the full rate.",
 }
 CONTROLS = ("real", "al", "re", "baseline")
-NOT_OF_THE_LOSS = ("no bias", "embedding=", "clip=")  # parts of a label that a run without the loss has too
+NOT_OF_THE_LOSS = ("no bias", "embedding=")  # parts of a label that a run without the loss has too
 WITHOUT_LOSS = {"al": "baseline", "real": "re"}  # the label of the same model without the augmented loss
 BEGIN, END = "<!-- against the paper: python examples/ptb/tables.py -->", "<!-- end of against the paper -->"
 Figures = dict[str, Any]  # of the runs of one experiment, by name

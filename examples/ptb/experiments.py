@@ -66,6 +66,7 @@ SMALL64: dict[str, Any] = SMALL100 | {"decay_after": 9, "epochs": 64, "lr_decay"
 # most epochs at the full rate; weights of the LSTM as Zaremba et al. (2014) start networks of these sizes. With 20
 # sequences nearly every step is clipped, to half its length; a step of 40 takes a GPU 1.6 times as long
 MEDIUM110: dict[str, Any] = PAPER | SIZES["medium"] | {"batch": 40, "decay_after": 68, "epochs": 110, "lr_decay": 0.91}
+MEDIUM76: dict[str, Any] = MEDIUM110 | {"decay_after": 46, "epochs": 76, "lr_decay": 0.9}
 LARGE100: dict[str, Any] = PAPER | SIZES["large"] | {"batch": 40, "decay_after": 62, "epochs": 100, "lr_decay": 0.9}
 SEEDS = range(1, 4)
 
@@ -228,5 +229,6 @@ def experiments() -> dict[str, list[Run]]:
         "large": _four("large", PAPER | SIZES["large"], [1]),
         # +REAL first
         "medium110": _four("medium110", MEDIUM110, [1], initial_range=0.05)[::-1],
+        "medium76": _four("medium76", MEDIUM76, [1], initial_range=0.05)[::-1],
         "large100": _four("large100", LARGE100, [1], initial_range=0.04)[::-1],
     }

@@ -36,7 +36,7 @@ PUBLISHED = {  # units -> validation and test perplexity on the Penn Treebank, I
 # units of the trainings on all of the text
 UNITS = {
     **dict.fromkeys(("small", "small40", "small42", "small64", "small100"), 200),
-    **dict.fromkeys(("medium", "medium110"), 650),
+    **dict.fromkeys(("medium", "medium76", "medium110"), 650),
     **dict.fromkeys(("large", "large100"), 1500),
 }
 TITLES = {
@@ -47,6 +47,7 @@ TITLES = {
     "small100": "Two layers of 200 units, 100 epochs",
     "medium": "Two layers of 650 units",
     "large": "Two layers of 1500 units",
+    "medium76": "Two layers of 650 units, 76 epochs",
     "medium110": "Two layers of 650 units, 110 epochs",
     "large100": "Two layers of 1500 units, 100 epochs",
     "readings": "Two layers of 200 units: is the published dropout 0.7 a probability of dropping or of keeping?",
@@ -94,6 +95,9 @@ tf32 products.""",
     "large": """\
 55 epochs, after which the rate is where the reimplementation's is after 80. Unlike the paper's, +REAL has an output
 bias. Trained with tf32 products; the perplexity still fell by 0.06 an epoch at the end.""",
+    "medium76": """\
+40 sequences instead of 20, 46 epochs at the full rate. Unlike the paper's, +REAL has an output bias. Trained with tf32
+products.""",
     "medium110": """\
 40 sequences instead of 20, 68 epochs at the full rate. Unlike the paper's, +REAL has an output bias. Trained with tf32
 products, and stopped early.""",

@@ -56,6 +56,20 @@ def test_result_on_the_terminal_and_in_files(
     assert capfd.readouterr().err == ""
 
 
+def test_an_option_that_no_variant_uses_is_said(
+    text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--data", str(text_file), "--out", str(tmp_path / "o"), *TOY, "--epochs=1")
+    assert main(*common, "--label-smoothing", "0.1", "--gamma=0.5", "--lr=1") == 0
+    notes = sorted(line for line in capfd.readouterr().err.splitlines() if "no effect" in line)
+    assert notes == [
+        "tiedkl compare: --gamma has no effect on baseline,re; it is of al, real",
+        "tiedkl compare: --label-smoothing has no effect on baseline,re; it is of ls, re-ls",
+    ]
+    assert main(*common, "--gamma=0.5", "--variants=baseline,re,real") == 0
+    assert "no effect" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

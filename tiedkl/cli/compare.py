@@ -8,7 +8,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -147,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
         values["variants"] = parse_variants(args.variants)
         values |= read_configs(args.config, getattr(args, "given", ()))
         settings = Settings(**values | {"variants": tuple(values["variants"])})
+        for line in () if settings.quiet else without_effect(getattr(args, "given", ()), settings):
+            print(f"tiedkl compare: {line}", file=sys.stderr)
         with ctrl_c() as pressed:
             try:
                 report = compare(settings, should_stop=lambda: bool(pressed))
@@ -163,6 +165,16 @@ def run(args: argparse.Namespace) -> int:
     files = ", ".join([str(html), *(path.name for path in others)])
     print(table(report), "", *report["verdict"], "", f"report: {files}", sep="\n")
     return status
+
+
+def without_effect(given: Collection[str], settings: Settings) -> Iterator[str]:
+    """A line for each option the user gave that none of the variants compared does anything with."""
+    chosen = [VARIANTS[name] for name in settings.variants]
+    for name in sorted(given):
+        if all(name in variant.unused for variant in chosen):
+            some = ", ".join(v.name for v in VARIANTS.values() if name not in v.unused)
+            flag = "--" + name.replace("_", "-")
+            yield f"{flag} has no effect on {','.join(settings.variants)}; it is of {some}"
 
 
 @contextmanager

@@ -339,7 +339,7 @@ def parts_of(experiment: str, figures: Figures) -> Iterator[str]:
     yield f"## {TITLES[experiment]}"
     if experiment in NOTES:
         yield NOTES[experiment]
-    if experiment in ("readings", "small40", "small42", "long"):
+    if experiment in ("readings", "small40", "small42", "small64", "small100", "long"):
         yield by_epoch(figures)
     four = {name: run for name, run in figures.items() if run["label"] in VARIANTS}
     if four:

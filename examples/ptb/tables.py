@@ -85,7 +85,8 @@ where dropout masks are others.""",
 30 epochs at the full rate, then a quarter less an epoch. Unlike the paper's, +RE and +REAL have an output bias.""",
     "small64": """\
 40 sequences instead of 20, and a rate that falls by 5.7% an epoch after the ninth. Unlike the paper's, +RE and
-+REAL have an output bias. Trained with tf32 products.""",
++REAL have an output bias. +AL and +REAL were trained on a GPU, with tf32 products; the baseline and +RE on a CPU, and
+stopped early.""",
     "small100": """\
 40 sequences instead of 20, and a rate that falls by 3.8% an epoch after the fifteenth. Unlike the paper's, +RE and
 +REAL have an output bias. Trained with tf32 products.""",

@@ -16,6 +16,7 @@ from typing import Any
 import predictions
 import subspaces
 import torch
+from experiments import experiments
 from page import as_file, markdown, source
 from run import read
 
@@ -35,9 +36,9 @@ PUBLISHED = {  # units -> validation and test perplexity on the Penn Treebank, I
 }
 # units of the trainings on all of the text
 UNITS = {
-    **dict.fromkeys(("small", "small40", "small42", "small64", "small100"), 200),
-    **dict.fromkeys(("medium", "medium76", "medium110"), 650),
-    **dict.fromkeys(("large", "large100"), 1500),
+    name: runs[0].settings["hidden"]
+    for name, runs in experiments().items()
+    if runs[0].fraction == 1 and not runs[0].help_texts
 }
 TITLES = {
     "small": "Two layers of 200 units, 11 epochs",

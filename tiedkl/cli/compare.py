@@ -53,7 +53,7 @@ class Given(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
-        namespace.given = {*getattr(namespace, "given", ()), self.dest}
+        namespace.given |= {self.dest}
 
 
 def overrides(text: str) -> Any:
@@ -128,7 +128,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
            "none")  # fmt: skip
     flag("--fresh", const=True, default=False, help="discard an earlier run in --out and start again")
     flag("--quiet", const=True, default=False, help="no progress, only the result")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, given=frozenset())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,9 +145,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         values = {name: value for name, value in vars(args).items() if name in names}
         values["variants"] = parse_variants(args.variants)
-        values |= read_configs(args.config, getattr(args, "given", ()))
+        values |= read_configs(args.config, args.given)
         settings = Settings(**values | {"variants": tuple(values["variants"])})
-        for line in () if settings.quiet else without_effect(getattr(args, "given", ()), settings):
+        for line in () if settings.quiet else without_effect(args.given, settings):
             print(f"tiedkl compare: {line}", file=sys.stderr)
         with ctrl_c() as pressed:
             try:

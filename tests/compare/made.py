@@ -37,6 +37,7 @@ def run(
     found = {
         "status": status, "epochs_done": 1.5, "epochs_planned": 3, "parameters": parameters, "best_epoch": 1,
         "valid_ppl": valid, "test_ppl": test, "tokens_per_second": 1234.5, "seconds": 6.0,
+        "taken_from": None,
         "curves": [row | {"tokens_per_second": 1234.5}],
     }  # fmt: skip
     return Run(seed, found, losses)

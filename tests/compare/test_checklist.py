@@ -28,7 +28,8 @@ OTHER: dict[str, Any] = {
     "impl": "reference", "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m",
     "price_per_hour": 2.5,
     "tokenizer": "my tokenizer.json", "tuned_for": "real", "vocab_size": 500, "min_count": 3, "max_tokens": 9000,
-    "checkpoint_every": 5.0, "quiet": True, "fresh": True, "overrides": {"real": {"lr": 0.001, "gamma": 0.2}},
+    "checkpoint_every": 5.0, "quiet": True, "fresh": True, "reuse": "my other/out",
+    "overrides": {"real": {"lr": 0.001, "gamma": 0.2}},
 }  # fmt: skip
 EACH = [{name: value} for name, value in OTHER.items()]
 # all at once, but that a Transformer has no such range
@@ -66,8 +67,8 @@ def test_other_values_cover_every_setting() -> None:
 def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     """Each setting alone and all at once, through the parsers of the commands."""
     settings = Settings(**values)
-    assert compared(compare_command(settings)) == replace(settings, fresh=False)
-    assert compared(compare_command(settings, seeds=3)) == replace(settings, fresh=False, seeds=3)
+    assert compared(compare_command(settings)) == replace(settings, fresh=False, reuse=None)
+    assert compared(compare_command(settings, seeds=3)) == replace(settings, fresh=False, reuse=None, seeds=3)
 
     line = tuned_compare_command(settings, hidden=650)
     searched = {
@@ -76,7 +77,7 @@ def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     }  # fmt: skip
     assert parsed(line).config == [f"{v}=tune-{v}/best.json" for v in settings.variants]
     assert not set(searched) & set(getattr(parsed(line), "given", ()))  # they come from --config
-    assert compared(line) == replace(settings, fresh=False, hidden=650, **searched)
+    assert compared(line) == replace(settings, fresh=False, reuse=None, hidden=650, **searched)
 
     search, default = tuned(tune_command(settings, "re")), TuneSettings()
     assert search.variant == "re"

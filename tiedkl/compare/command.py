@@ -34,8 +34,8 @@ def options(settings: Any) -> str:
 
 
 def compare_command(settings: Settings, **changes: Any) -> str:
-    """`tiedkl compare` with these settings; it continues what is there, so `fresh` is left out."""
-    return f"tiedkl compare{options(replace(settings, fresh=False, **changes))}"
+    """`tiedkl compare` with these settings; it continues what is there, so `fresh` and `reuse` are left out."""
+    return f"tiedkl compare{options(replace(settings, fresh=False, reuse=None, **changes))}"
 
 
 def tune_command(settings: Settings, variant: str) -> str:

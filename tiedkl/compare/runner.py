@@ -20,13 +20,13 @@ from .budget import FIXED, SHARE, describe, fit
 from .budget import measure as measure_speed
 from .lock import locked
 from .progress import Progress
+from .reuse import Source, planned
 from .runs import Runs, memory_of
 from .settings import SMALL, CompareError, Settings, ordered, parse_duration
 from .store import LOCK, PLAN, Store
 from .training import Data, Diverged, Trainer
 
 DEFAULT_SEEDS = 1
-PLANNED = ("batch", "epochs", "decay_after", "max_tokens")  # settings of a run that a plan decides
 SAVING = 0.02  # of a training's time for checkpoints after epochs
 NEEDED = ("tqdm", "matplotlib", "jinja2")
 
@@ -50,7 +50,8 @@ def require_packages() -> None:
 def compare(settings: Settings, *, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Train and evaluate the chosen variants; write `report.html`, `.md` and `.json`; return the report.
 
-    An earlier run in `settings.out` with the same settings is continued. `should_stop` is asked after every training
+    An earlier run in `settings.out` with the same settings is continued; runs that ended in `settings.reuse` are taken
+    over where their settings are the same. `should_stop` is asked after every training
     step; when it says yes, the state is saved, the reports are written and Interrupted is raised. Raises CompareError
     for anything the user has to change.
     """
@@ -90,13 +91,15 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
     with locked(store.path, LOCK, "tiedkl compare"):
         identity = config | {"corpus": facts["sha256"]}
         kept = store.earlier(identity, fresh=settings.fresh)
-        plan = kept.get(PLAN) if kept else None
-        if plan and kept:
-            config["budget"] = kept["budget"]
+        source = Source(settings.reuse, store, identity) if settings.reuse is not None else None
+        planner = kept or (source and source.config)  # the comparison whose plan is this one's too
+        plan = planner.get(PLAN) if planner else None
+        if plan and planner:
+            config["budget"] = identity["budget"] = planner["budget"]
         try:
             if config["budget"] is not None:
                 plan = plan or _plan(settings, shortened, text, config, device, began)
-                config |= {k: plan[k] for k in PLANNED if plan.get(k) is not None}
+                config = planned(config, plan)
                 if plan["max_tokens"] is not None:
                     text = shortened(plan["max_tokens"])
                     facts = text.facts()
@@ -108,10 +111,15 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
             raise CompareError(str(error).splitlines()[0]) from None
         n_steps = trainers[0].steps_per_epoch * config["epochs"]
         del trainers
-        if kept is None:
-            store.begin(identity | ({PLAN: plan} if plan else {}))
         n_seeds = max(plan["seeds"], settings.seeds or 0) if plan else settings.seeds or DEFAULT_SEEDS
         wanted = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
+        reusable = []
+        if source:
+            source.check_plan(plan)
+            reusable = source.matching(wanted, config)
+        if kept is None:
+            store.begin(identity | ({PLAN: plan} if plan else {}))
+        taken = source.hand_over(reusable, store) if source else []
         runs = Runs(store, config, data, device, wanted)
         if plan:
             said = describe(plan, config, facts["tokens"]["train"], len(runs.seeds))
@@ -120,7 +128,9 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         try:
             if plan:
                 progress.say(plan["text"])
-            if runs.begun:
+            if taken:
+                progress.say(f"taken over from {settings.reuse}: {', '.join(taken)}")
+            elif runs.begun:
                 progress.say(f"continuing the comparison in {store.path}")
             for seed, variant in wanted:
                 if runs.ended(seed, variant):

@@ -13,7 +13,7 @@ MODELS = ("lstm", "transformer")
 SMALL = 300_000  # training tokens below which a text gets a smaller batch and more epochs
 NOT_RESOLVED = (
     "data", "out", "variants", "seeds", "price_per_hour", "tokenizer", "tuned_for", "checkpoint_every", "quiet",
-    "fresh",
+    "fresh", "reuse",
 )  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600}
 LOSS_OPTIONS = ("temperature", "gamma")  # of the augmented loss
@@ -138,6 +138,7 @@ class Settings:
     checkpoint_every: float = 30.0  # seconds
     quiet: bool = False
     fresh: bool = False
+    reuse: str | None = None  # directory of another comparison, whose runs with the same settings are taken over
     overrides: dict[str, dict[str, float]] | None = None  # variant -> settings of its own, some of `OWN`
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ class Store:
         A budget that is not repeated counts as the same. Raises CompareError when the directory belongs to another
         configuration, or holds files that `begin` would replace and that are not of a comparison.
         """
-        old = self._config()
+        old = self.config()
         if old is None or fresh:
             return None
         if old.get(PLAN) and config["budget"] is None:
@@ -100,7 +100,7 @@ class Store:
         checkpoints = sorted(f.name for f in self.path.glob("*.pt") if CHECKPOINT.fullmatch(f.name))
         return [*checkpoints, *(name for name in (*REPORTS, CONFIG) if (self.path / name).exists())]
 
-    def _config(self) -> dict[str, Any] | None:
+    def config(self) -> dict[str, Any] | None:
         """The content of config.json, None where a comparison would be the first one there."""
         own = self._own()
         if not own:

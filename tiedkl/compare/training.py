@@ -29,11 +29,17 @@ from .statistics import perplexity
 
 Event = Literal["step", "epoch", "done"]
 WARM_UPS = 3  # steps before a CUDA graph is captured
-ADDED = {"test_losses": None, "diverged": False}  # missing in checkpoints of earlier versions
+ADDED = {"test_losses": None, "diverged": False, "taken_from": None}  # missing in checkpoints of earlier versions
 
 
 class Diverged(CompareError):
     """The loss of a training is not a number any more."""
+
+
+def ended(state: dict[str, Any] | None) -> bool:
+    """Whether a checkpoint, `Trainer.state_dict`, is of a training with nothing left to do; None is no checkpoint."""
+    state = ADDED | (state or {})
+    return state["test_losses"] is not None or state["diverged"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Trainer:
         self.test_ppl: float | None = None
         self.test_losses: Tensor | None = None  # float32, of each test token in the order of the text
         self.diverged = False  # in the epoch under way, which is as far as this training gets
+        self.taken_from: str | None = None  # the directory of the comparison it was trained by, where not by this one
 
     @property
     def done(self) -> bool:
@@ -300,7 +307,7 @@ class Trainer:
 
     _PLAIN: tuple[str, ...] = (
         "epoch", "step", "carried", "sums", "seconds", "trained", "curves", "best", "test_ppl", "test_losses",
-        "diverged",
+        "diverged", "taken_from",
     )  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -327,5 +334,6 @@ class Trainer:
             "test_ppl": self.test_ppl if self.done else None,
             "tokens_per_second": self.trained["tokens"] / self.trained["seconds"] if self.steps_done else None,
             "seconds": self.seconds,
+            "taken_from": self.taken_from,
             "curves": self.curves,
         }

@@ -98,7 +98,21 @@ def limits(
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
         "Speed is that of the whole training step on this machine, including the network around the loss; memory "
         "leaves out the activations of the network.",
+        *_taken_over(variants),
     ]
+
+
+def _taken_over(variants: dict[str, Any]) -> Iterator[str]:
+    """Whose training speed is of another time."""
+    found: dict[str, list[str]] = {}
+    for v in variants.values():
+        for place in sorted({run["taken_from"] for run in v.get("runs", ()) if run["taken_from"]}):
+            found.setdefault(place, []).append(v["label"])
+    for place, labels in found.items():
+        yield (
+            f"Runs of {_names(labels)} were taken over from the comparison in {place}: their training speed and cost "
+            "are those measured there."
+        )
 
 
 def _fairness(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tiedkl.cli import compare as command
 from tiedkl.compare import CompareError, Interrupted, Settings, compare, runner
 from tiedkl.compare.markdown import markdown
 from tiedkl.compare.store import Store
@@ -21,6 +23,7 @@ from .test_budget import fixed_speed
 from .test_resume import Killed, numbers
 
 FOUR = ("baseline", "al", "re", "real")
+UNLIKE = dict.fromkeys(("estimated_seconds", "of", "text"))  # of a plan that was taken over
 
 
 def without_places(report: dict[str, Any]) -> Any:
@@ -108,17 +111,22 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": 20}, r"other settings \(hidden=16, now 20\)"),
+        ({"hidden": 20}, r"--reuse out: its runs have other settings \(hidden=16, now 20\)"),
         ({"epochs": 3}, r"epochs=1, now 3"),
         ({"seed": 2}, r"seed=1, now 2"),
         ({"budget": "15m"}, r"budget=None, now 15m"),
         ({"threads": 2}, r"threads=1, now 2"),
-        ({"lr": 0.5}, r"none of these runs \(baseline: lr=1.0, now 0.5; real: lr=1.0, now 0.5\)"),
-        ({"variants": ("re", "ls")}, r"none of these runs \(re: not trained to its end; ls: not trained"),
-        ({"variants": ("real",), "gamma": 1.0}, r"\(real: gamma=0.5, now 1.0\)"),
+        ({"lr": 0.5}, r"none of these runs \(baseline: lr=1.0, now 0.5; \+REAL: lr=1.0, now 0.5\)"),
+        ({"variants": ("re", "ls")}, r"none of these runs \(\+RE seed 1: not there; \+LS seed 1: not there\)"),
+        ({"variants": ("real",), "gamma": 1.0}, r"\(\+REAL: gamma=0.5, now 1.0\)"),
         ({"data": "another"}, r"other settings \(the text\)"),
         ({"reuse": "nowhere"}, r"--reuse nowhere: no comparison is there"),
         ({"out": "out"}, r"--out of its own"),
+        ({"reuse": "../{}/out", "out": "out"}, r"--out of its own"),
+        ({"reuse": "circle"}, r"--reuse circle: cannot be read"),
+        ({"reuse": "damaged"}, r"--reuse damaged: its baseline.pt is damaged"),
+        ({"reuse": "foreign"}, r"--reuse foreign: what is there is not a comparison"),
+        ({"reuse": "elsewhere"}, r"trained elsewhere \(torch=1.0, now "),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -129,6 +137,16 @@ def test_what_cannot_be_used_is_refused_before_anything_is_lost(
     for name in ("out", "old"):
         shutil.copytree(before / name, name)
     Path("text.txt").write_bytes((before / "text.txt").read_bytes())
+    for name in ("damaged", "foreign", "elsewhere"):
+        shutil.copytree("out", name)
+    torch.save({"test_losses": torch.zeros(3)}, "damaged/baseline.pt")
+    Path("foreign", "config.json").write_text("{}")
+    report = json.loads(Path("elsewhere", "report.json").read_text("utf-8"))
+    report["environment"]["torch"] = "1.0"
+    Path("elsewhere", "report.json").write_text(json.dumps(report))
+    Path("circle").symlink_to("circle")
+    if "reuse" in changes:
+        changes = changes | {"reuse": changes["reuse"].format(tmp_path.name)}
     Path("another").write_text("\n".join(sentences(250, seed=1)), encoding="utf-8")
     config, checkpoint = (Path("old", name).read_bytes() for name in ("config.json", "re.pt"))
     with pytest.raises(CompareError, match=message):
@@ -168,7 +186,7 @@ def test_a_run_under_way_is_not_taken_but_replaced_by_one_that_ended(
     compare(whole)
     with pytest.raises(Interrupted):
         compare(parts, should_stop=stop_after(5))
-    with pytest.raises(CompareError, match="baseline: not trained to its end"):
+    with pytest.raises(CompareError, match="baseline seed 1: not trained to its end"):
         compare(toy(epochs=1, out=str(tmp_path / "c"), variants=("baseline",), reuse=parts.out))
     trained.clear()
     report = compare(toy(epochs=1, out=parts.out, reuse=whole.out))
@@ -188,7 +206,9 @@ def test_the_plan_of_a_budget_is_taken_over(
     trained.clear()
     for out, budget in (("b", None), ("c", "30s")):
         report = compare(toy(out=str(tmp_path / out), gamma=4.0, budget=budget, reuse=first.out, **values))
-        assert report["plan"] == planned["plan"]
+        assert {**report["plan"], **UNLIKE} == {**planned["plan"], **UNLIKE}
+        assert report["plan"]["text"].startswith(f"planned for a budget of 30s in {first.out}: 1 seed, ")
+        assert " s of training" not in report["plan"]["text"]
         assert (
             report["variants"]["baseline"]["runs"][0]["test_ppl"]
             == planned["variants"]["baseline"]["runs"][0]["test_ppl"]
@@ -196,9 +216,18 @@ def test_the_plan_of_a_budget_is_taken_over(
         assert {name for name, _ in taken(report)} == {"baseline"}
     assert "baseline" not in " ".join(trained)
     again = compare(toy(out=str(tmp_path / "b"), gamma=4.0, **values))  # without --budget and --reuse
-    assert again["plan"] == planned["plan"]
-    with pytest.raises(CompareError, match="budget=30s, now 90s"):
-        compare(toy(out=str(tmp_path / "d"), budget="90s", reuse=first.out, **values))
+    assert again["plan"] == report["plan"]
+    for changes, message in (
+        ({"budget": "90s"}, "it has budget=30s, now 90s"),
+        ({"epochs": 7}, f"epochs={planned['plan']['epochs']} was planned there, now 7"),
+        ({"decay_after": 4}, "decay_after=1 was planned there, now 4"),
+        ({"batch": 5}, "batch=4 was planned there, now 5"),
+    ):
+        with pytest.raises(CompareError, match=message):
+            compare(toy(**{"out": str(tmp_path / "d"), "reuse": first.out, **values, **changes}))
+    two = compare(toy(out=str(tmp_path / "e"), seeds=2, reuse=first.out, **values))
+    assert two["config"]["seeds"] == [1, 2]
+    assert taken(two) == {("baseline", 1), ("real", 1)}
 
 
 def test_two_plans_for_one_budget(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +237,8 @@ def test_two_plans_for_one_budget(toy: Any, tmp_path: Path, monkeypatch: pytest.
     fixed_speed(monkeypatch, 0.2, 1e-4)
     second = toy(budget="22s", epochs=None, out=str(tmp_path / "b"))
     compare(second)
-    with pytest.raises(CompareError, match=r"cannot be used.*\(decay_after=3, now 1; epochs=5, now 2\)"):
-        compare(toy(budget="22s", epochs=None, out=second.out, reuse=first.out))
+    with pytest.raises(CompareError, match=r"other settings \(decay_after=3, now 1; epochs=5, now 2\)"):
+        compare(toy(budget="22s", epochs=None, out=second.out, seeds=9, reuse=first.out))
 
 
 def test_a_comparison_of_an_earlier_version(toy: Any, tmp_path: Path) -> None:
@@ -222,17 +251,16 @@ def test_a_comparison_of_an_earlier_version(toy: Any, tmp_path: Path) -> None:
     assert len(taken(compare(toy(epochs=1, out=str(tmp_path / "b"), reuse=first.out)))) == 2
 
 
-def test_the_report_says_so(toy: Any) -> None:
-    one, other = run(100.0, 100.0), run(90.0, 90.0, parameters=500)
-    one.result["taken_from"] = "my<first>"
-    report = built(baseline=one, real=other)
-    said = [text for text in report["limits"] if "taken over" in text]
-    assert said == [
-        "Runs of baseline were taken over from the comparison in my<first>: their training speed and cost are those "
-        "measured there."
-    ]
-    assert "my\\<first\\>" in markdown(report)
-    assert not any("taken over" in text for text in built(baseline=run(100.0, 100.0))["limits"])
+def test_the_report_says_so() -> None:
+    ours, theirs = run(100.0, 100.0), run(100.0, 101.0, seed=2)
+    theirs.result["taken_from"] = "my<first>"
+    other = run(90.0, 90.0, parameters=500)
+    other.result["taken_from"] = "my<first>"
+    report = built(2, baseline=[ours, theirs], real=other)
+    said = "Taken over from the comparison in my<first>: baseline (seed 2) and +REAL. Their training"
+    assert f"{said} speed was measured then." in report["verdict"]
+    assert "my\\<first\\>: baseline (seed 2) and +REAL" in markdown(report)
+    assert not any("aken over" in text for text in built(baseline=run(100.0, 100.0))["verdict"])
 
 
 def test_taken_runs_are_whole_checkpoints(toy: Any, tmp_path: Path) -> None:
@@ -245,3 +273,88 @@ def test_taken_runs_are_whole_checkpoints(toy: Any, tmp_path: Path) -> None:
     assert mine.keys() == other.keys()
     for name, value in mine["model"].items():
         assert torch.equal(value, other["model"][name])
+
+
+def test_what_was_trained_here_stays(toy: Any, tmp_path: Path) -> None:
+    first, second = toy(epochs=1), toy(epochs=1, out=str(tmp_path / "b"))
+    compare(first)
+    compare(second)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "b").glob("*.pt")}
+    report = compare(replace(second, reuse=first.out))
+    assert not taken(report)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "b").glob("*.pt")} == before
+
+
+def test_the_other_comparison_is_not_needed_once_its_runs_are_here(toy: Any, tmp_path: Path) -> None:
+    first = toy(epochs=1)
+    compare(first)
+    second = toy(epochs=1, out=str(tmp_path / "b"), reuse=first.out)
+    report = compare(second)
+    shutil.rmtree(first.out)
+    assert numbers(compare(second)) == numbers(report)
+    with pytest.raises(CompareError, match="no comparison is there"):
+        compare(replace(second, seeds=2))
+
+
+def test_three_comparisons_in_a_row(toy: Any, tmp_path: Path) -> None:
+    first, second, third = (toy(epochs=1, out=str(tmp_path / name)) for name in ("a", "b", "c"))
+    compare(first)
+    compare(replace(second, reuse=first.out))
+    report = compare(replace(third, reuse=second.out))
+    assert {one["taken_from"] for v in report["variants"].values() for one in v["runs"]} == {first.out}
+    back = compare(replace(first, variants=("baseline", "real"), fresh=True, gamma=2.0, reuse=third.out))
+    assert not taken(back)  # the baseline was trained there
+
+
+def test_begun_anew_while_its_runs_are_taken_over(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = toy(epochs=1)
+    compare(first)
+    begin = Store.begin
+
+    def begin_there_too(self: Store, config: dict[str, Any]) -> None:
+        begin(self, config)
+        monkeypatch.setattr(Store, "begin", begin)
+        compare(replace(first, lr=0.5, fresh=True))
+
+    monkeypatch.setattr(Store, "begin", begin_there_too)
+    with pytest.raises(CompareError, match="begun anew while its runs were taken over"):
+        compare(toy(epochs=1, out=str(tmp_path / "b"), reuse=first.out))
+    assert not list((tmp_path / "b").glob("*.pt"))
+
+
+def test_runs_that_diverged_and_checkpoints_of_an_earlier_version(toy: Any, tmp_path: Path, trained: list[str]) -> None:
+    first = toy(epochs=1)
+    expected = compare(first)
+    store = Store(first.out)
+    for name, changes in (("baseline", {"diverged": True, "test_losses": None}), ("real", {})):
+        state = store.load(name, torch.device("cpu"))
+        assert state is not None
+        state |= changes
+        if name == "real":
+            del state["test_losses"]
+        del state["taken_from"]
+        store.save(name, state)
+    trained.clear()
+    report = compare(toy(epochs=1, out=str(tmp_path / "b"), reuse=first.out))
+    assert not trained
+    assert report["variants"]["baseline"]["status"] == "diverged"
+    assert report["variants"]["real"]["test_ppl"] == expected["variants"]["real"]["test_ppl"]
+
+
+def test_command(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    common = (
+        f"compare --data {tmp_path / 'text.txt'} --variants baseline,re,real --epochs 1 --hidden 16 --batch 4 "
+        "--bptt 20 --impl reference --threads 1"
+    )
+    (tmp_path / "text.txt").write_text("\n".join(sentences(250)), encoding="utf-8")
+    first, second = (str(tmp_path / name) for name in ("a", "b"))
+    assert command.run(parser.parse_args([*common.split(), "--out", first])) == 0
+    capsys.readouterr()
+    args = [*common.split(), "--out", second, "--gamma", "4", "--reuse", first]
+    assert command.run(parser.parse_args(args)) == 0
+    shown = capsys.readouterr()
+    assert f"taken over from {first}: baseline, +RE\n" in shown.err
+    assert "continuing" not in shown.err
+    assert f"Taken over from the comparison in {first}: baseline and +RE." in shown.out

@@ -126,8 +126,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         f"{', '.join(OWN)} of one variant; options given here come first")  # fmt: skip
     option("--overrides", "settings of single variants as JSON, instead of --config VARIANT=FILE", overrides, "JSON",
            "none")  # fmt: skip
-    option("--reuse", "another --out, whose finished runs are taken over where all that they use is set the same: for "
-           "a trial of another --gamma, say, baseline and +RE", metavar="DIR", shown="none")  # fmt: skip
+    option("--reuse", "directory of another comparison, whose finished runs are taken over where every setting they "
+           "use is the same: baseline and +RE, when only --gamma differs", metavar="DIR", shown="none")  # fmt: skip
     flag("--fresh", const=True, default=False, help="discard an earlier run in --out and start again")
     flag("--quiet", const=True, default=False, help="no progress, only the result")
     parser.set_defaults(func=run, given=frozenset())

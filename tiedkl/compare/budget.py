@@ -21,6 +21,7 @@ FIXED = 8.0  # seconds for imports, reading, measuring inference, reports
 GOOD_SEEDS, MOST_SEEDS = 3, 5
 MEASURING = 0.05  # of the budget
 EVALUATED = 3  # windows
+PLANNED = ("batch", "epochs", "decay_after", "max_tokens")  # settings of a run that a plan decides
 # The shortest text that is preferred to fewer epochs and seeds. The less text, the more the method seems to help: +REAL
 # of 100 units changed test perplexity on Python's help texts by -13.7% with 10,000 training tokens and 4 epochs, by
 # -9.9% with 15,000, by -5.7% with 30,000, and by -4.7% with all 64,000 and the usual 7 epochs (one seed, batch 10).
@@ -136,14 +137,20 @@ def fit(
     return plan(fewest, single, n_train)
 
 
+def planned(config: dict[str, Any], plan: dict[str, Any] | None) -> dict[str, Any]:
+    """`config` with what the plan decided."""
+    return config | {name: plan[name] for name in PLANNED if plan and plan.get(name) is not None}
+
+
 def describe(plan: dict[str, Any], config: dict[str, Any], n_train: int, n_seeds: int) -> str:
     """The plan in words. config: with the plan in it. n_train: training tokens; n_seeds: with those added to it."""
     text = "all of the text" if config["max_tokens"] is None else f"{n_train:,} training tokens"
     added = f"; {_count(n_seeds, 'seed')} in all by --seeds" if n_seeds > plan["seeds"] else ""
+    where = f" in {plan['of']}" if plan.get("of") else ""  # of whose variants the estimate is
+    estimate = f", about {plan['estimated_seconds']:,.0f} s of training and evaluation" if not where else ""
     return (
-        f"planned for a budget of {config['budget']}: {_count(plan['seeds'], 'seed')}, "
-        f"{_count(plan['epochs'], 'epoch')}, {text}, "
-        f"about {plan['estimated_seconds']:,.0f} s of training and evaluation{added}"
+        f"planned for a budget of {config['budget']}{where}: {_count(plan['seeds'], 'seed')}, "
+        f"{_count(plan['epochs'], 'epoch')}, {text}{estimate}{added}"
     )
 
 

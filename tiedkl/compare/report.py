@@ -11,12 +11,12 @@ The dictionary, `SCHEMA` 2:
                 test_ppl, the exponential of the mean cross-entropy over seeds; tokens_per_second, the median over
                 seeds, and tokens_per_second_range, the slowest and the fastest epoch; test_ppl_interval, 95% over
                 seeds, or null; curves, averaged over seeds, train_ce being what was trained on, with label smoothing
-                where there is some; runs, `Trainer.result` of each seed; loss_memory and training_memory in bytes
-                (memory.py); change, per cent against the baseline; evidence, how sure that change is (evidence.py), or
-                null; control, for a variant with the augmented loss beside the same with label smoothing: the evidence
-                of its change against that, and that one's `name`, or null; kl_share, alpha * KL on the training text in
-                the last epoch of the seeds that are done, in per cent of its cross-entropy, or null without such a
-                seed or without the augmented loss
+                where there is some; runs, `Trainer.result` of each seed (taken_from: the comparison that trained it,
+                where that was another); loss_memory and training_memory in bytes (memory.py); change, per cent against
+                the baseline; evidence, how sure that change is (evidence.py), or null; control, for a variant with the
+                augmented loss beside the same with label smoothing: the evidence of its change against that, and that
+                one's `name`, or null; kl_share, alpha * KL on the training text in the last epoch of the seeds that are
+                done, in per cent of its cross-entropy, or null without such a seed or without the augmented loss
     inference   name -> figures of inference.py; empty until all runs are done
     cost        name -> seconds of training for a million tokens, and money, or null without a price
     checklist   stages of a roll-out (checklist.py)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from . import corpus as corpora
-from .budget import FIXED, SHARE, describe, fit
+from .budget import FIXED, SHARE, describe, fit, planned
 from .budget import measure as measure_speed
 from .lock import locked
 from .progress import Progress
-from .reuse import Source, planned
+from .reuse import Source, untrained
 from .runs import Runs, memory_of
-from .settings import SMALL, CompareError, Settings, ordered, parse_duration
+from .settings import SMALL, CompareError, Settings, Variant, ordered, parse_duration
 from .store import LOCK, PLAN, Store
 from .training import Data, Diverged, Trainer
 
@@ -51,9 +51,9 @@ def compare(settings: Settings, *, should_stop: Callable[[], bool] = lambda: Fal
     """Train and evaluate the chosen variants; write `report.html`, `.md` and `.json`; return the report.
 
     An earlier run in `settings.out` with the same settings is continued; runs that ended in `settings.reuse` are taken
-    over where their settings are the same. `should_stop` is asked after every training
-    step; when it says yes, the state is saved, the reports are written and Interrupted is raised. Raises CompareError
-    for anything the user has to change.
+    over where every setting they use is the same. `should_stop` is asked after every training step; when it says yes,
+    the state is saved, the reports are written and Interrupted is raised. Raises CompareError for anything the user has
+    to change.
     """
     require_packages()
     device = pick_device(settings.device)
@@ -91,11 +91,10 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
     with locked(store.path, LOCK, "tiedkl compare"):
         identity = config | {"corpus": facts["sha256"]}
         kept = store.earlier(identity, fresh=settings.fresh)
-        source = Source(settings.reuse, store, identity) if settings.reuse is not None else None
-        planner = kept or (source and source.config)  # the comparison whose plan is this one's too
-        plan = planner.get(PLAN) if planner else None
-        if plan and planner:
-            config["budget"] = identity["budget"] = planner["budget"]
+        source = Source(settings.reuse, store) if settings.reuse is not None and not kept else None
+        plan = kept.get(PLAN) if kept else source.plan(settings) if source else None
+        if plan:
+            config["budget"] = (kept or source.config)["budget"]  # type: ignore[union-attr]
         try:
             if config["budget"] is not None:
                 plan = plan or _plan(settings, shortened, text, config, device, began)
@@ -113,13 +112,18 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         del trainers
         n_seeds = max(plan["seeds"], settings.seeds or 0) if plan else settings.seeds or DEFAULT_SEEDS
         wanted = [(seed, v) for seed in range(settings.seed, settings.seed + n_seeds) for v in variants]
-        reusable = []
+        reusable: list[tuple[int, Variant]] = []
+        missing = untrained(store, wanted, config) if kept and settings.reuse is not None else wanted
+        if settings.reuse is not None and missing:
+            source = source or Source(settings.reuse, store)
+            source.check(config | {"corpus": identity["corpus"]}, device)
+            reusable, why = source.matching(missing, config)
+            if not kept:
+                source.require(reusable, why)
+        if not kept:
+            store.begin(identity | {"budget": config["budget"]} | ({PLAN: plan} if plan else {}))
         if source:
-            source.check_plan(plan)
-            reusable = source.matching(wanted, config)
-        if kept is None:
-            store.begin(identity | ({PLAN: plan} if plan else {}))
-        taken = source.hand_over(reusable, store) if source else []
+            source.hand_over(reusable)
         runs = Runs(store, config, data, device, wanted)
         if plan:
             said = describe(plan, config, facts["tokens"]["train"], len(runs.seeds))
@@ -128,16 +132,16 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         try:
             if plan:
                 progress.say(plan["text"])
-            if taken:
-                progress.say(f"taken over from {settings.reuse}: {', '.join(taken)}")
-            elif runs.begun:
+            if reusable:
+                what = ", ".join(_label(seed, variant, n_seeds) for seed, variant in reusable)
+                progress.say(f"taken over from {settings.reuse}: {what}")
+            if kept and runs.begun:
                 progress.say(f"continuing the comparison in {store.path}")
             for seed, variant in wanted:
                 if runs.ended(seed, variant):
                     continue
                 trainer, name = runs.trainer(seed, variant), runs.name(seed, variant)
-                label = variant.label if n_seeds == 1 else f"{variant.label} seed {seed}"
-                save = partial(store.save, name)
+                save, label = partial(store.save, name), _label(seed, variant, n_seeds)
                 finished = train(trainer, label, save, progress, settings.checkpoint_every, should_stop)
                 runs.note(trainer)
                 if not finished:
@@ -145,6 +149,11 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         finally:
             progress.close()
         return runs.report(settings, facts, plan)
+
+
+def _label(seed: int, variant: Variant, n_seeds: int) -> str:
+    """What a run is called on the screen."""
+    return variant.label if n_seeds == 1 else f"{variant.label} seed {seed}"
 
 
 def _read(settings: Settings) -> Callable[[int | None], corpora.Corpus]:

@@ -78,7 +78,7 @@ class Store:
             )
         raise CompareError(
             f"{self.path} holds a comparison with other settings ({what}): "
-            "start again with --fresh, or choose another --out"
+            "start again with --fresh, or choose another --out, to which --reuse brings the runs that are the same"
         )
 
     def begin(self, config: dict[str, Any]) -> None:

@@ -36,12 +36,6 @@ class Diverged(CompareError):
     """The loss of a training is not a number any more."""
 
 
-def ended(state: dict[str, Any] | None) -> bool:
-    """Whether a checkpoint, `Trainer.state_dict`, is of a training with nothing left to do; None is no checkpoint."""
-    state = ADDED | (state or {})
-    return state["test_losses"] is not None or state["diverged"]
-
-
 @dataclass(frozen=True)
 class Data:
     """Inputs and targets of each split, both (T, B), on the training device."""

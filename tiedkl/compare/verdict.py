@@ -98,21 +98,7 @@ def limits(
         "The test text is one sample of its kind: the intervals say nothing of texts of another kind.",
         "Speed is that of the whole training step on this machine, including the network around the loss; memory "
         "leaves out the activations of the network.",
-        *_taken_over(variants),
     ]
-
-
-def _taken_over(variants: dict[str, Any]) -> Iterator[str]:
-    """Whose training speed is of another time."""
-    found: dict[str, list[str]] = {}
-    for v in variants.values():
-        for place in sorted({run["taken_from"] for run in v.get("runs", ()) if run["taken_from"]}):
-            found.setdefault(place, []).append(v["label"])
-    for place, labels in found.items():
-        yield (
-            f"Runs of {_names(labels)} were taken over from the comparison in {place}: their training speed and cost "
-            "are those measured there."
-        )
 
 
 def _fairness(
@@ -192,7 +178,21 @@ def verdict(
             f"Training diverged (the loss was no number any more): {runs}. The figures leave that out. "
             "A smaller --lr or --clip may help, with --fresh or another --out."
         )
+    sentences += _taken_over(variants)
     return outcome, sentences
+
+
+def _taken_over(variants: dict[str, Any]) -> Iterator[str]:
+    """Which runs another comparison trained."""
+    found: dict[str, list[str]] = {}
+    for v in variants.values():
+        runs = v.get("runs", ())
+        for place in dict.fromkeys(run["taken_from"] for run in runs if run["taken_from"]):
+            seeds = [str(run["seed"]) for run in runs if run["taken_from"] == place]
+            which = "" if len(seeds) == len(runs) else f" (seed{'s' * (len(seeds) > 1)} {_names(seeds)})"
+            found.setdefault(place, []).append(v["label"] + which)
+    for place, labels in found.items():
+        yield f"Taken over from the comparison in {place}: {_names(labels)}. Their training speed was measured then."
 
 
 def diverged(variants: dict[str, Any], *names: str) -> list[tuple[str, int, int]]:
@@ -301,7 +301,8 @@ def _strength(variants: dict[str, Any]) -> list[str]:
             said = " and ".join(f"{number(shares[label], '.1f', '%')} ({label})" for label in chosen)
             sentences.append(
                 f"The augmented loss {was}: at the end of training its term, alpha KL, was {said} of the "
-                f"cross-entropy. {better} --gamma may do more for {' and '.join(chosen)}; tiedkl tune searches it."
+                f"cross-entropy. {better} --gamma may do more for {' and '.join(chosen)}; tiedkl tune searches it, and "
+                "--reuse spares a trial the runs without it."
             )
     return sentences
 

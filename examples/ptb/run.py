@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,13 +242,25 @@ def main() -> int:
     print(f"{len(chosen) - len(todo)} of {len(chosen)} runs are done", flush=True)
     status, interrupts = 0, []
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))  # the workers stop by themselves
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running: dict[Any, Run] = {}
+
+    def new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+
+    running: dict[Any, Run] = {}
+    pool = new_pool()
+    try:
         while True:
             while len(running) < args.jobs and time.time() < deadline and not interrupts and todo:
                 run, identity = todo.pop(0)
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the worker inherits it
-                running[pool.submit(train, run, args, identity, deadline, os.getpid())] = run
+                job = (train, run, args, identity, deadline, os.getpid())
+                try:
+                    future = pool.submit(*job)
+                except BrokenProcessPool:  # the system killed a worker, for its memory perhaps
+                    pool.shutdown()
+                    pool = new_pool()
+                    future = pool.submit(*job)
+                running[future] = run
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if not running:
                 break
@@ -266,6 +279,8 @@ def main() -> int:
                 for worker in multiprocessing.active_children():
                     os.kill(worker.pid or 0, signal.SIGINT)
             time.sleep(0.2)
+    finally:
+        pool.shutdown()
     figures = read(file)
     left = sum(figures.get(run.name, {}).get("status") not in ENDED for run, _ in chosen)
     print(f"{left} of {len(chosen)} runs are left; the same command continues" if left else "all runs are done")

@@ -47,7 +47,7 @@ def test_search_improves_on_bad_defaults_and_its_result_is_used(
     done = [t for t in found["trials"] if t["state"] == "complete"]
     assert found["valid_ppl"]["best"] == min(t["valid_ppl"] for t in done) < 0.9 * first["valid_ppl"]
     assert found["valid_ppl"]["defaults"] == first["valid_ppl"]
-    assert "Improves on the defaults" in out
+    assert "Better than the defaults in the search" in out
     assert "It holds with 3 other seeds on the test text" in out
     assert [row["seed"] for row in found["check"]["valid_ppl"]] == [2, 3, 4]
     assert "  4/4  " in err

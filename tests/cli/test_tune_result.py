@@ -165,7 +165,7 @@ def test_diverged_defaults_are_said(toy: Any, trainings: Trainings, monkeypatch:
 
 def test_gain_that_holds_is_said(toy: Any, trainings: Trainings) -> None:
     found = tune(toy(trials=2, check=3))
-    assert found["verdict"][0].startswith("Improves on the defaults")
+    assert found["verdict"][0].startswith("Better than the defaults in the search")
     assert found["verdict"][1].startswith("It holds with 3 other seeds")
     assert [seed for _, seed in trainings] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert found["unchecked"] is None
@@ -233,7 +233,7 @@ def test_the_next_best_wins_where_the_best_does_not_hold(
     assert found["check"]["held"]
     assert all(row["best"] > row["defaults"] for row in rejected["valid_ppl"])
     assert [seed for _, seed in trainings] == [1] * 4 + [2, 2, 3, 3] + [2, 3], "the defaults are trained once"
-    assert f"trial {second}, the seed of the search" in found["verdict"][0]
+    assert f"trial {second}." in found["verdict"][0]
     assert found["verdict"][1].startswith("It holds with 2 other seeds")
     change = 100 * (rejected["valid_ppl"][0]["best"] / rejected["valid_ppl"][0]["defaults"] - 1)  # the same each time
     assert found["verdict"][2] == (

@@ -12,7 +12,7 @@ from tiedkl.compare.evidence import Run
 
 N_TOKENS = 600
 MEMORY = {
-    "loss_memory": {"total_bytes": 3 << 20, "eager_bytes": 9 << 20},
+    "loss_memory": {"total_bytes": 3 << 20, "eager_bytes": 9 << 20, "scratch_bytes": 2 << 20},
     "training_memory": {"total_bytes": 5 << 20, "eager_bytes": 11 << 20, "parameter_bytes": 1 << 20},
 }
 
@@ -48,6 +48,7 @@ def built(
     request: Settings | None = None,
     corpus: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
+    tied_bias: bool = True,
     **runs: Run | list[Run] | None,
 ) -> dict[str, Any]:
     """The report of runs, one a variant or a list.
@@ -64,7 +65,8 @@ def built(
         "vocabulary_facts": {},
     } | (corpus or {})
     config = {"model": "lstm", "layers": 2, "hidden": 8, "epochs": 3, "temperature": 20.0, "gamma": 0.5,
-              "label_smoothing": 0.1, "seeds": list(range(1, n_seeds + 1)), "overrides": overrides}  # fmt: skip
+              "label_smoothing": 0.1, "tied_bias": tied_bias,
+              "seeds": list(range(1, n_seeds + 1)), "overrides": overrides}  # fmt: skip
     lists = {name: r if isinstance(r, list) else [] if r is None else [r] for name, r in runs.items()}
     return report.build(config, facts, {"torch": "2"}, lists, memory=dict.fromkeys(runs, MEMORY), request=request)
 

@@ -129,9 +129,9 @@ def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
     (more,) = small["commands"]
     assert compared(more) == replace(settings, seeds=3, fresh=False)
     *searches, larger = real["commands"]
-    found = [(tuned(line).variant, tuned(line).model, tuned(line).lr) for line in searches]
+    found = [(tuned(line).variant, tuned(line).model, tuned(line).lr, tuned(line).hidden) for line in searches]
     arms = ("baseline", name, *({"al": ["ls"], "real": ["re-ls"]}.get(name, [])))
-    assert found == [(arm, "transformer", 0.01) for arm in arms]
+    assert found == [(arm, "transformer", 0.01, 650) for arm in arms]
     expected = replace(settings, variants=arms, hidden=650, seeds=3, out="tiedkl-compare-650")
     assert compared(larger) == replace(expected, lr=None, fresh=False)
     assert f"{data['corpus']['vocabulary']},16" in production["commands"][2]
@@ -151,11 +151,11 @@ def test_numbers_and_commands_of_a_run(toy: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "control", "keywords"),
     [
-        ("al", "ls", "temperature=20, gamma=0.5, return_terms=True), with the embedding as its target_weight."),
-        ("re", None, "alpha=0, return_terms=True), with the embedding as its weight."),
-        ("real", "re-ls", "temperature=20, gamma=0.5, return_terms=True), with the embedding as its weight."),
-        ("ls", None, "alpha=0, label_smoothing=0.1, return_terms=True)."),
-        ("re-ls", None, "alpha=0, label_smoothing=0.1, return_terms=True), with the embedding as its weight."),
+        ("al", "ls", "temperature=20, gamma=0.5, return_terms=True), with the embedding as its target_weight{bias}"),
+        ("re", None, "alpha=0, return_terms=True), with the embedding as its weight{bias}"),
+        ("real", "re-ls", "temperature=20, gamma=0.5, return_terms=True), with the embedding as its weight{bias}"),
+        ("ls", None, "alpha=0, label_smoothing=0.1, return_terms=True){bias}"),
+        ("re-ls", None, "alpha=0, label_smoothing=0.1, return_terms=True), with the embedding as its weight{bias}"),
     ],
 )
 def test_a_larger_test_has_the_control_and_production_the_loss(name: str, control: str | None, keywords: str) -> None:
@@ -163,10 +163,24 @@ def test_a_larger_test_has_the_control_and_production_the_loss(name: str, contro
     arms = ("baseline", name, *([control] if control else []))
     assert compared(real["commands"][-1]).variants == arms
     assert [tuned(line).variant for line in real["commands"][:-1]] == list(arms)
+    keywords = keywords.format(bias=", and an output bias, which the models here had.")
     assert production["note"] == f"In the training code: tiedkl.FusedTiedLoss({keywords}"
     assert ("its control" in real["go_on_if"]) == (control is not None)
     assert ("once label_smoothing is 0" in production["monitor"][0]) == (name in ("ls", "re-ls"))
     assert any("Training cross-entropy against" in text for text in real["monitor"]) == (name == "re")
+
+
+def test_without_an_output_bias_none_is_spoken_of() -> None:
+    runs = {"baseline": three(100.0), "real": three(90.0)}
+    notes = [built(3, tied_bias=bias, **runs)["checklist"][2]["note"] for bias in (True, False)]
+    assert ["output bias" in note for note in notes] == [True, False]
+
+
+def test_memory_a_parameter_is_without_the_scratch() -> None:
+    """5 MiB in training, 2 of them scratch, for 1,000 parameters."""
+    memory = built(3, baseline=three(100.0), re=three(90.0))["checklist"][1]["memory"]
+    assert memory.startswith(f"About {3 * 2**20 / 1000:.0f} bytes a parameter")
+    assert "2 MiB here and within 64 MiB" in memory
 
 
 def test_seeds_are_added_to_a_budget(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +193,8 @@ def test_seeds_are_added_to_a_budget(toy: Any, monkeypatch: pytest.MonkeyPatch) 
     continued = compare(compared(more))
     assert continued["config"]["seeds"] == [1, 2, 3]
     assert continued["config"]["epochs"] == 1
-    assert "--budget as in this run" in continued["checklist"][1]["note"]
+    assert continued["checklist"][1]["note"] == "On all of the text, without the --budget of this run."
+    assert compared(continued["checklist"][1]["commands"][-1]).budget is None
 
 
 def test_seeds_that_are_planned_stay_planned() -> None:

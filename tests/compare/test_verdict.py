@@ -326,6 +326,10 @@ def test_a_shortened_text_and_a_training_cut_short_are_said() -> None:
     assert "training tokens" not in rest
     short = said(curve(95.5, 95.0), whole_training_text=50_000)
     assert "The test used 1,000 of the text's 50,000 training tokens." in short
+    assert rest.startswith("A draw: the best variant, +REAL, is ")
+    for whole, part in ((50_000, 2), (10**9, 1), (1001, 99)):
+        text = said(curve(95.5, 95.0), whole_training_text=whole)
+        assert text.startswith(f"A draw: trained on {part}% of the text, the best variant, +REAL, is ")
 
 
 def learned(runs: list[Run], *kl: float | None) -> list[Run]:
@@ -335,9 +339,10 @@ def learned(runs: list[Run], *kl: float | None) -> list[Run]:
     return runs
 
 
-def strength(n_seeds: int = 3, **runs: list[Run]) -> str:
+def strength(n_seeds: int = 3, *, n_train: int = 1000, **runs: list[Run]) -> str:
     """What the verdict says of the augmented loss."""
-    said = built(n_seeds, baseline=learned(three(100.0)[:n_seeds], None, None), **runs)["verdict"]
+    corpus = {"tokens": {"train": n_train, "valid": 9, "test": 9}}
+    said = built(n_seeds, corpus=corpus, baseline=learned(three(100.0)[:n_seeds], None, None), **runs)["verdict"]
     return " ".join(text for text in said if text.startswith("The augmented loss"))
 
 
@@ -354,6 +359,8 @@ def test_a_faint_and_a_strong_augmented_loss_are_said(kl: float, was: str, bette
     text = strength(real=learned(three(101.0, parameters=600), 0.03, kl))
     whole = f"The augmented loss {was} (+REAL) of the cross-entropy. {better} --gamma may do more for +REAL; "
     assert text.startswith(whole) if was else not text
+    long = strength(n_train=300_000, real=learned(three(101.0, parameters=600), 0.03, kl))
+    assert ("seen to do harm; tiedkl tune" in long) == (better == "A larger")
 
 
 def test_the_strength_is_said_of_finished_variants_where_it_may_change_the_answer() -> None:

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,44 @@ def test_a_run_that_is_stopped_can_be_tested_as_it_is(
     goes_on = trained(str(tmp_path / "stopped"))
     assert (goes_on["status"], goes_on["curves"][0]["valid_ppl"]) == ("done", done["valid_ppl"])
     assert goes_on["test_ppl"] == trained(str(tmp_path / "whole"))["test_ppl"]
+
+
+def test_a_worker_that_is_killed_ends_only_its_own_run(
+    tmp_path: Path, modules: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools: list[Any] = []
+
+    class Pool:
+        """The first of them breaks with its first job, and takes no more."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pools.append(self)
+            self.broken = False
+
+        def submit(self, train: Any, run: Any, *_: Any) -> Future[dict[str, Any]]:
+            future: Future[dict[str, Any]] = Future()
+            if self.broken:
+                raise BrokenProcessPool
+            if self is pools[0]:
+                self.broken = True
+                future.set_exception(BrokenProcessPool("a worker was killed"))
+            else:
+                future.set_result({"status": "done"})
+            return future
+
+        def shutdown(self) -> None:
+            pass
+
+    monkeypatch.setattr(modules["run"], "ProcessPoolExecutor", Pool)
+    place = ("--runs", str(tmp_path), "--results", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run.py", "small", "--smoke", "--seed", "1", "--only", "re,*", *place])
+    assert modules["run"].main() == 1
+    said = capsys.readouterr()
+    first, *others = modules["run"].chosen_runs(modules["run"].arguments(sys.argv[1:]))
+    assert said.err == f"{first[0].name}: BrokenProcessPool: a worker was killed\n"
+    assert f"1 of {len(others) + 1} runs are left" in said.out
+    assert set(json.loads((tmp_path / "small.json").read_text())) == {run.name for run, _ in others} != set()
+    assert len(pools) == 2
 
 
 def test_the_checklist_of_a_comparison_tells_what_was_measured(modules: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .command import compare_command, tune_command, tuned_compare_command
@@ -83,11 +84,13 @@ def _speed(report: dict[str, Any], v: dict[str, Any]) -> str:
 
 def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: str) -> dict[str, Any]:
     config = report["config"]
-    per_parameter = v["training_memory"]["total_bytes"] / max(1, v["parameters"])
+    scratch = v["loss_memory"]["scratch_bytes"]
+    per_parameter = (v["training_memory"]["total_bytes"] - scratch) / max(1, v["parameters"])
     width = 650 if config["hidden"] < 650 else 2 * config["hidden"]
     # beside the augmented loss its control: label smoothing may do as much, for less
     arms = tuple(filter(None, ("baseline", name, CONTROLS.get(name))))
     larger = {"variants": arms, "hidden": width, "seeds": SEEDS, "out": f"tiedkl-compare-{width}"}
+    larger |= {"budget": None, "max_tokens": None}
     change = v["evidence"]["percent"]
     if report["outcome"] == "yes":
         gain = f"the answer is Yes at this width too, the gain is at least half of the {-change:.1f}% seen here"
@@ -104,10 +107,10 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
             f"(examples/ptb) it was {REPEATED}% at 200 units, and was not measured at the others.",
         ],
         "commands": [
-            *(tune_command(settings, variant) for variant in arms),
+            *(tune_command(replace(settings, hidden=width), variant) for variant in arms),
             tuned_compare_command(settings, **larger),
         ],
-        "note": f"{' and '.join(small)} as in this run: give more for the real test." if small else "",
+        "note": f"On all of the text, without the {' and '.join(small)} of this run." if small else "",
         "go_on_if": f"With {SEEDS} seeds {gain}, and training is not slower than you can pay.",
         "monitor": [
             "Validation perplexity of every arm after every epoch; stop an arm that diverges.",
@@ -115,8 +118,8 @@ def _real(report: dict[str, Any], v: dict[str, Any], settings: Settings, name: s
             "Validation perplexity that rises again is overfitting." if v["smoothed"] else
             "Training cross-entropy against validation: a gap that grows is overfitting.",
         ],
-        "memory": f"About {per_parameter:.0f} bytes a parameter in training here, without activations; the scratch of "
-        f"the loss stays within {BUDGET_MIB} MiB at any width.",
+        "memory": f"About {per_parameter:.0f} bytes a parameter in training here, without activations, and the scratch "
+        f"of the loss, {scratch / MIB:,.0f} MiB here and within {BUDGET_MIB} MiB at any width.",
     }  # fmt: skip
 
 
@@ -144,7 +147,8 @@ def _production(report: dict[str, Any], v: dict[str, Any], name: str) -> dict[st
             f"tiedkl bench --shapes {PRODUCTION_TOKENS},{n_vocab},{config['hidden']}",
         ],
         "note": f"In the training code: tiedkl.FusedTiedLoss({keywords}, return_terms=True)"
-        + (f", with the embedding as its {weight}." if weight else "."),
+        + (f", with the embedding as its {weight}" if weight else "")
+        + (", and an output bias, which the models here had." if config["tied_bias"] or not about.tied else "."),
         "go_on_if": "A training of full length in both arms, on one part of the real traffic, is better in your own "
         "measure of quality, not only in perplexity; keep the old model ready until then.",
         "monitor": [

@@ -144,8 +144,8 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if found["trials"][found["trial"]]["defaults"]:
         return [f"Nothing beats the defaults (validation perplexity {old:.2f}) in this search."]
     first = (
-        f"Improves on the defaults: validation perplexity {new:.2f} instead of {old:.2f} "
-        f"({100 * (new / old - 1):+.1f}%), trial {found['trial']}, the seed of the search."
+        f"Better than the defaults in the search: validation perplexity {new:.2f} instead of {old:.2f} "
+        f"({100 * (new / old - 1):+.1f}%), trial {found['trial']}."
     )
     if check is None:
         return [first, f"The best of many trials looks better than it is. {found['unchecked']}"]

@@ -24,6 +24,7 @@ from tiedkl.compare import plots
 from tiedkl.compare.evidence import Run, adjust, against, finished, kl_share, mean_curves, perplexity_interval, widest
 from tiedkl.compare.plots import COLOURS
 from tiedkl.compare.settings import PAPER_VARIANTS, VARIANTS
+from tiedkl.compare.store import LATER
 from tiedkl.compare.tables import number, span
 from tiedkl.compare.verdict import LEVEL
 
@@ -73,6 +74,9 @@ is the last one, less of the text is also less training."""
 STRENGTHS = """\
 Each training with the augmented loss against the same without it: the change of perplexity, and α KL in the best
 epoch."""
+ON_TYING = """\
+Test perplexity of the tied models against plain cross-entropy, and against label smoothing where that was trained,
+everything else alike; trainings with two seeds or more, those of one experiment and control being one family."""
 NOTES = {
     "small": """\
 Two things differ from the paper: a schedule that two CPU cores finish (the JSON file has it), and an output bias in
@@ -123,6 +127,7 @@ The schedule of the Keras reimplementation: the rate falls by a tenth an epoch a
 }
 CONTROLS = ("real", "al", "re", "baseline")
 NOT_OF_THE_LOSS = ("no bias", "embedding=")  # parts of a label that a run without the loss has too
+SMOOTHED = "re,smoothing=0.1"
 WITHOUT_LOSS = {"al": "baseline", "real": "re"}  # the label of the same model without the augmented loss
 BEGIN, END = "<!-- against the paper: python examples/ptb/tables.py -->", "<!-- end of against the paper -->"
 Figures = dict[str, Any]  # of the runs of one experiment, by name
@@ -279,6 +284,8 @@ def by_strength(found: dict[str, Figures]) -> list[str]:
                 continue
             plain = ",".join([plain, *(part for part in label.split(",") if part.startswith(NOT_OF_THE_LOSS))])
             new, old = finished(runs), finished(runs_of(figures, plain))
+            if new and old:
+                check_same_training(label, list(new.values()), list(old.values()))
             seeds = [seed for seed in new if seed in old]
             share = strength([new[seed] for seed in seeds])
             if share is None:
@@ -294,6 +301,35 @@ def by_strength(found: dict[str, Figures]) -> list[str]:
     columns = ["α KL", "experiment", "with the loss", "against", "seeds", "validation", "test"]
     table_of_all = markdown(columns, [row for _, row in rows])
     return ["## By strength of the augmented loss", STRENGTHS, table_of_all] if rows else []
+
+
+def check_same_training(label: str, new: list[Run], old: list[Run]) -> None:
+    """Raise ValueError where runs of `label` differ from those they are compared with in more than the loss."""
+    of_the_loss = {"temperature", "gamma", "label_smoothing", "seed", "overrides"}
+    mine, other = (
+        [{k: v for k, v in (LATER | run.result["settings"]).items() if k not in of_the_loss} for run in runs]
+        for runs in (new, old)
+    )
+    if any(settings != other[0] for settings in mine + other):
+        raise ValueError(f"{label} differs from what it is compared with in more than the loss")
+
+
+def on_tying(found: dict[str, Figures]) -> list[str]:
+    """What a loss other than cross-entropy does for +RE, where there are several seeds."""
+    rows = []
+    for experiment, figures in found.items():
+        tied = dict.fromkeys(run["label"] for run in figures.values() if VARIANTS[run["variant"]].tied)
+        labels = [x for x in tied if not any(part.startswith(NOT_OF_THE_LOSS) for part in x.split(","))]
+        runs = {label: r for label in labels if len(finished(r := runs_of(figures, label))) > 1}
+        if "re" not in runs:
+            continue
+        against_plain, against_smoothed = changes(runs, "re"), changes(runs, SMOOTHED)
+        for label, change in against_plain.items():
+            check_same_training(label, runs[label], runs["re"])
+            cells = [f"{widest(change)['p_holm']:.3f}", in_words(against_smoothed.get(label), runs[label])]
+            rows.append([experiment, name_of(label), in_words(change, runs[label]), *cells])
+    columns = ["experiment", "tied, with", f"change to {name_of('re')}", "p (Holm)", f"change to {name_of(SMOOTHED)}"]
+    return ["## What a loss does on top of tying", ON_TYING, markdown(columns, rows)] if rows else []
 
 
 def by_epoch(figures: Figures) -> str:
@@ -374,6 +410,7 @@ def page(results: Path) -> tuple[str, dict[str, Callable[[], str]]]:
         if kept := with_one_change(found.get("sixteenth", {}), control):
             pictures[f"sixteenth-{control}.svg"] = partial(picture_of_changes, kept, control)
     parts += by_fraction(found)
+    parts += on_tying(found)
     parts += by_strength(found)
     if predicted := read(results / "predictions.json"):
         parts += predictions.section(predicted)

@@ -367,6 +367,33 @@ def test_a_table_compares_with_its_control(modules: Any) -> None:
     assert modules["tables"].table(runs).splitlines()[3].startswith("| +AL | 1,000 | 1 | 3 | - | 95.00 | ")
 
 
+def test_what_a_loss_does_on_top_of_tying(modules: Any) -> None:
+    def figures(label: str, seed: int, ppl: float, **settings: Any) -> dict[str, Any]:
+        blocks = [math.log(ppl) + 0.001 * (seed + (k + len(label)) % 3) for k in range(30)]
+        variant = "re" if label.startswith("re") else "real"
+        return {"label": label, "seed": seed, "status": "done", "valid_ppl": ppl, "test_blocks": blocks,
+                "variant": variant, "settings": {"gamma": 0.5} | settings}  # fmt: skip
+
+    three = {"re": 100.0, "real": 99.0, "re,smoothing=0.1": 95.0, "gamma=4": 90.0}
+    runs = {f"{label}-{s}": figures(label, s, ppl) for label, ppl in three.items() for s in (1, 2)}
+    runs["x"] = figures("gamma=16", 1, 50.0)  # one seed is no proof
+    runs |= {f"no bias-{s}": figures("no bias", s, 70.0, tied_bias=False) for s in (1, 2)}  # not the loss alone
+    del runs["re,smoothing=0.1-2"]
+    title, _, table = modules["tables"].on_tying({"small": runs})
+    assert title.startswith("## What a loss does")
+    assert [line.split(" | ")[1:3] for line in table.splitlines()[2:]] == [
+        ["+REAL", "-1.0%* (-1.0 to -1.0)"],
+        ["`gamma=4`", "-10.0%* (-10.0 to -10.0)"],
+    ]
+    runs["re,smoothing=0.1-2"] = figures("re,smoothing=0.1", 2, 95.0)
+    rows = modules["tables"].on_tying({"small": runs})[2].splitlines()[2:]
+    assert [row.split(" | ")[-1] for row in rows] == ["+4.2%* (+4.2 to +4.2) |", "- |", "-5.3%* (-5.3 to -5.3) |"]
+    assert modules["tables"].on_tying({"small": {"a": runs["re-1"], "b": runs["real-1"]}}) == []
+    runs["real-2"]["settings"]["lr"] = 0.5
+    with pytest.raises(ValueError, match="real differs from what it is compared with in more than the loss"):
+        modules["tables"].on_tying({"small": runs})
+
+
 def test_the_papers_figures_stand_beside_the_best_training_on_validation(modules: Any) -> None:
     def run(label: str, valid: float | None, test: float | None, **more: Any) -> dict[str, Any]:
         done = {"status": "done", "seed": 1, "epochs_done": 40.0, "epochs_planned": 40}

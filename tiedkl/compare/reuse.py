@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from .training import ADDED
 SHOWN = 4  # reasons in a message
 ALIKE = ("tiedkl", "torch", "triton", "cpu", "device")  # of `environment.stamp`: what can change a figure, or its speed
 PARTS = {"model", "optimizer", "generator", "epoch", "curves", "best"}  # of a checkpoint of any version
-Runs = list[tuple[int, Variant]]  # seed and variant of each
+Wanted = list[tuple[int, Variant]]  # runs: seed and variant of each
 
 
 def trained(state: dict[str, Any] | None, epochs: int) -> bool:
@@ -29,7 +28,7 @@ def trained(state: dict[str, Any] | None, epochs: int) -> bool:
     return state["test_losses"] is not None or state["diverged"] or state["epoch"] >= epochs
 
 
-def untrained(store: Store, runs: Runs, config: dict[str, Any]) -> Runs:
+def untrained(store: Store, runs: Wanted, config: dict[str, Any]) -> Wanted:
     """Those of the runs of a comparison that have not been trained to their end. config: with what was planned."""
     cpu = torch.device("cpu")
     names = {run: checkpoint_name(run[1].name, run[0], config["seed"]) for run in runs}
@@ -98,7 +97,7 @@ class Source:
         if what := differences(LATER | before, LATER | {name: stamp(device)[name] for name in ALIKE}):
             raise CompareError(f"{self.name}: its runs were trained elsewhere ({what})")
 
-    def matching(self, wanted: Runs, config: dict[str, Any]) -> tuple[Runs, list[str]]:
+    def matching(self, wanted: Wanted, config: dict[str, Any]) -> tuple[Wanted, list[str]]:
         """Those of the wanted runs that have ended there with the same settings, and why others are left out."""
         found, why = [], []
         for seed, variant in wanted:
@@ -114,13 +113,13 @@ class Source:
                 found.append((seed, variant))
         return found, list(dict.fromkeys(why))
 
-    def require(self, found: Runs, why: list[str]) -> None:
+    def require(self, found: Wanted, why: list[str]) -> None:
         """Raise CompareError, with the reasons, where `matching` has found nothing."""
         if not found:
             shown = [*why[:SHOWN], *(["..."] if len(why) > SHOWN else [])]
             raise CompareError(f"{self.name}: it has none of these runs ({'; '.join(shown)})")
 
-    def hand_over(self, runs: Iterable[tuple[int, Variant]]) -> None:
+    def hand_over(self, runs: Wanted) -> None:
         """Copy these runs to `out`. A copy says where it was trained: in the first of several comparisons."""
         here = str(self.out.path.resolve())
         for seed, variant in runs:

@@ -30,9 +30,11 @@ def trained(state: dict[str, Any] | None, epochs: int) -> bool:
 
 def untrained(store: Store, runs: Wanted, config: dict[str, Any]) -> Wanted:
     """Those of the runs of a comparison that have not been trained to their end. config: with what was planned."""
-    cpu = torch.device("cpu")
-    names = {run: checkpoint_name(run[1].name, run[0], config["seed"]) for run in runs}
-    return [run for run in runs if not trained(store.load(names[run], cpu), config["epochs"])]
+
+    def state(seed: int, variant: Variant) -> dict[str, Any] | None:
+        return store.load(checkpoint_name(variant.name, seed, config["seed"]), torch.device("cpu"))
+
+    return [run for run in runs if not trained(state(*run), config["epochs"])]
 
 
 class Source:
@@ -128,10 +130,8 @@ class Source:
             if self._read() != self.config or not trained(state, self.planned["epochs"]):
                 raise CompareError(f"{self.name}: it was begun anew while its runs were taken over")
             place = state.get("taken_from") or str(self.path)
-            self.out.save(
-                checkpoint_name(variant.name, seed, self.config["seed"]),
-                state | {"taken_from": None if place == here else place},
-            )
+            state["taken_from"] = None if place == here else place
+            self.out.save(self._checkpoint(seed, variant), state)
 
     def _checkpoint(self, seed: int, variant: Variant) -> str:
         return checkpoint_name(variant.name, seed, self.config["seed"])

@@ -93,8 +93,9 @@ def _compare(settings: Settings, device: torch.device, should_stop: Callable[[],
         kept = store.earlier(identity, fresh=settings.fresh)
         source = Source(settings.reuse, store) if settings.reuse is not None and not kept else None
         plan = kept.get(PLAN) if kept else source.plan(settings) if source else None
+        planner = kept or (source.config if source else {})
         if plan:
-            config["budget"] = (kept or source.config)["budget"]  # type: ignore[union-attr]
+            config["budget"] = planner["budget"]
         try:
             if config["budget"] is not None:
                 plan = plan or _plan(settings, shortened, text, config, device, began)

@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(TIEDKL_X86)
+#include <cpuid.h>
+#endif
+
 #include "gemm_bf16.h"
 #include "gemm_f32.h"
 #include "row_kernels.h"
@@ -31,6 +35,18 @@ Capability capability() {
   return c;
 }
 
+// AMD processors from Zen 5 on (family 1Ah) multiply 512 bits at once, where Zen 4 takes two steps of 256, which MKL has too.
+bool multiplies_512_bits() {
+#if defined(TIEDKL_X86)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned family = eax >> 8 & 0xf, extended = eax >> 20 & 0xff;  // the second counts where the first is full
+  return family == 0xf && family + extended >= 0x1a;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const char* row_kernel_capability() {
@@ -56,6 +72,11 @@ bool f32_gemm_available() {
 #else
   return false;
 #endif
+}
+
+int64_t f32_gemm_columns() {
+  static const int64_t columns = multiplies_512_bits() ? 32 : 256;
+  return columns;
 }
 
 template <typename T>

@@ -25,7 +25,6 @@ constexpr int64_t kVocabDepth = 128;   // nothing is packed: d_h sums over the v
 constexpr int64_t kRows = 128, kCols = 128;            // of a block of c
 constexpr int64_t kPackedRows = 32, kPackedCols = 64;  // of a panel of the transposed operand
 constexpr int64_t kFew = 8;                            // rows of c up to which a BLAS is as fast, and adds up in better order
-constexpr int64_t kWide = 256;                         // columns of c from which MKL is slower where nothing but G^T lies transposed
 static_assert(kLogitDepth * kPackedCols <= kF32GemmScratch && kTokenDepth * kPackedRows <= kF32GemmScratch);
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -47,7 +46,7 @@ bool AVX512::brgemm_works() {
 bool f32_gemm_prefers(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b) {
   if (m < kFew) return false;
   const bool a_lies = a.col_stride == 1 && a.row_stride >= k, b_lies = b.col_stride == 1 && b.row_stride >= n;
-  if (b_lies) return n >= kWide && (a_lies || a.row_stride == 1);
+  if (b_lies) return n >= f32_gemm_columns() && (a_lies || a.row_stride == 1);
   return a_lies && b.row_stride == 1;
 }
 

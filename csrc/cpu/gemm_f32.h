@@ -1,5 +1,5 @@
 // Matrix products in float32 from the brgemm micro-kernel of oneDNN, which comes with ATen, where MKL does not use the processor's
-// 512-bit path: at the sizes of a logits block 200-210 GFLOP/s against 120-175 (docs/design.md, "What was measured").
+// 512-bit path: at the sizes of a logits block 200-210 GFLOP/s against 120-175 on Zen 4 (docs/design.md, "What was measured").
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,9 @@ struct F32Operand {
 // Whether f32_gemm can run here and MKL would be slower: AVX-512, a torch with this micro-kernel, a processor that is not Intel's.
 // TIEDKL_CPU_CAPABILITY below avx512 says no.
 bool f32_gemm_available();
+
+// Columns of c from which f32_gemm is faster where nothing but G^T lies transposed: measured on Zen 4 and Zen 5.
+int64_t f32_gemm_columns();
 
 // Whether f32_gemm takes these operands and beats MKL with them: one of them may lie transposed.
 bool f32_gemm_prefers(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b);

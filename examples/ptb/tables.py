@@ -308,7 +308,7 @@ def check_same_training(label: str, new: list[Run], old: list[Run]) -> None:
 
     Products may be rounded differently; the notes on an experiment say so.
     """
-    free = {"temperature", "gamma", "label_smoothing", "seed", "overrides", "tf32"}
+    free = {"temperature", "gamma", "target_grad", "label_smoothing", "seed", "overrides", "tf32"}
     mine, other = (
         [{k: v for k, v in (LATER | run.result["settings"]).items() if k not in free} for run in runs]
         for runs in (new, old)

@@ -69,6 +69,14 @@ def test_best_serves_the_loss_of_its_variant(
     assert (settings.lr, settings.hidden, settings.vocab_size) == (0.002, 8, 20)
 
 
+def test_best_has_the_gradient_through_the_target(toy: Any, trainings: Trainings, tmp_path: Path) -> None:
+    tune(toy(trials=1, variant="real", target_grad=True))
+    best = tmp_path / "out" / "best.json"
+    assert load_loss_options(best) == {"temperature": 20.0, "gamma": 0.5, "target_grad": True}
+    assert tiedkl.FusedTiedLoss(**load_loss_options(best)).settings.scalars.options.target_grad
+    assert Settings(**load_config(best)).target_grad
+
+
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_defaults_are_never_pruned(
     toy: Any, trainings: Trainings, monkeypatch: pytest.MonkeyPatch, pruner: str

@@ -65,7 +65,7 @@ def built(
         "vocabulary_facts": {},
     } | (corpus or {})
     config = {"model": "lstm", "layers": 2, "hidden": 8, "epochs": 3, "temperature": 20.0, "gamma": 0.5,
-              "label_smoothing": 0.1, "tied_bias": tied_bias,
+              "target_grad": False, "label_smoothing": 0.1, "tied_bias": tied_bias,
               "seeds": list(range(1, n_seeds + 1)), "overrides": overrides}  # fmt: skip
     lists = {name: r if isinstance(r, list) else [] if r is None else [r] for name, r in runs.items()}
     return report.build(config, facts, {"torch": "2"}, lists, memory=dict.fromkeys(runs, MEMORY), request=request)

@@ -24,7 +24,7 @@ OTHER: dict[str, Any] = {
     "data": "my texts/it's.txt", "out": "-odd out", "model": "transformer", "variants": ("real", "baseline"),
     "epochs": 3, "hidden": 64, "layers": 1, "batch": 5, "bptt": 20, "lr": 0.002, "lr_decay": 0.7, "decay_after": 2,
     "clip": 0.25, "dropout": 0.1, "embedding_range": 0.4, "temperature": 12.5, "gamma": 0.3, "label_smoothing": 0.2,
-    "tied_bias": False,
+    "target_grad": True, "tied_bias": False,
     "impl": "reference", "threads": 2, "device": "cuda:0", "seed": -7, "seeds": 2, "budget": "15m",
     "price_per_hour": 2.5,
     "tokenizer": "my tokenizer.json", "tuned_for": "real", "vocab_size": 500, "min_count": 3, "max_tokens": 9000,
@@ -73,7 +73,7 @@ def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     line = tuned_compare_command(settings, hidden=650)
     searched = {
         "lr": None, "dropout": 0.3, "embedding_range": 0.1, "temperature": 20.0, "gamma": 0.5, "label_smoothing": 0.1,
-        "tuned_for": None, "overrides": None,
+        "target_grad": False, "tuned_for": None, "overrides": None,
     }  # fmt: skip
     assert parsed(line).config == [f"{v}=tune-{v}/best.json" for v in settings.variants]
     assert not set(searched) & set(getattr(parsed(line), "given", ()))  # they come from --config
@@ -168,6 +168,12 @@ def test_a_larger_test_has_the_control_and_production_the_loss(name: str, contro
     assert ("its control" in real["go_on_if"]) == (control is not None)
     assert ("once label_smoothing is 0" in production["monitor"][0]) == (name in ("ls", "re-ls"))
     assert any("Training cross-entropy against" in text for text in real["monitor"]) == (name == "re")
+
+
+def test_production_has_the_gradient_through_the_target() -> None:
+    own = {"real": {"gamma": 4.0, "target_grad": True}}
+    note = built(3, overrides=own, baseline=three(100.0), real=three(90.0))["checklist"][-1]["note"]
+    assert "FusedTiedLoss(temperature=20, gamma=4, target_grad=True, return_terms=True)" in note
 
 
 def test_without_an_output_bias_none_is_spoken_of() -> None:

@@ -23,11 +23,11 @@ def write(path: Path, content: Any) -> str:
 
 
 def test_settings_alone_or_under_a_key(tmp_path: Path) -> None:
-    values = {"lr": 2.0, "gamma": 0.7, "temperature": 9.0}
+    values = {"lr": 2.0, "gamma": 0.7, "temperature": 9.0, "target_grad": True}
     for content in (values, {"settings": values, "trials": []}):
         file = write(tmp_path / "c.json", content)
         assert load_config(file) == values
-        assert load_loss_options(file) == {"gamma": 0.7, "temperature": 9.0}
+        assert load_loss_options(file) == {"gamma": 0.7, "temperature": 9.0, "target_grad": True}
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,11 @@ def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         raise Stop
 
     monkeypatch.setattr("tiedkl.compare.runner.compare", compare)
-    argv = ["compare", "--dropout", "0.3", "--config", file, "--lr", "1.5", "--no-tied-bias"]
+    argv = ["compare", "--dropout", "0.3", "--config", file, "--lr", "1.5", "--no-tied-bias", "--target-grad"]
     with pytest.raises(Stop):
         command.run(parser().parse_args(argv))
     assert (seen[0].lr, seen[0].dropout, seen[0].gamma, seen[0].tied_bias) == (1.5, 0.3, 0.7, False)
+    assert seen[0].target_grad is True
     assert seen[0].tuned_for == "re"
     file = write(tmp_path / "d.json", {"fresh": False, "quiet": False})
     with pytest.raises(Stop):
@@ -124,7 +125,14 @@ def test_options_come_before_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "bad",
-    [{"seed": 10**20}, {"seed": -(10**20)}, {"checkpoint_every": -5.0}, {"dropout": 1.0}, {"gamma": -1.0}],
+    [
+        {"seed": 10**20},
+        {"seed": -(10**20)},
+        {"checkpoint_every": -5.0},
+        {"dropout": 1.0},
+        {"gamma": -1.0},
+        {"target_grad": 1.0},
+    ],
     ids=str,
 )
 def test_a_setting_out_of_its_range_is_named(bad: dict[str, float]) -> None:

@@ -148,13 +148,16 @@ def test_variants_start_from_the_same_parameters(kind: str) -> None:
     assert not torch.equal(other["embedding.weight"], tied["embedding.weight"])
 
 
+@pytest.mark.parametrize("target_grad", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_loss_of_each_variant(name: str) -> None:
-    """Against the paper's formula; the target distribution comes from the input embedding and is a constant.
+def test_loss_of_each_variant(name: str, target_grad: bool) -> None:
+    """Against the paper's formula; the target distribution comes from the input embedding and, unless `target_grad`
+    lets the gradient through, is a constant.
 
     Label smoothing is in what is trained on, not in what is judged by.
     """
-    variant, s = VARIANTS[name], settings(temperature=3.0, gamma=0.7, label_smoothing=0.3)
+    variant = VARIANTS[name]
+    s = settings(temperature=3.0, gamma=0.7, label_smoothing=0.3, target_grad=target_grad)
     model = LanguageModel(N_VOCAB, s, tied=variant.tied).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -169,7 +172,8 @@ def test_loss_of_each_variant(name: str) -> None:
     h, y, table = hidden[keep], target[keep], model.embedding.weight
     z = F.linear(h, model.weight, model.bias)
     ce, smoothed = (F.cross_entropy(z, y, reduction="sum", label_smoothing=e) for e in (0.0, 0.3))
-    q = F.softmax(table.detach()[y] @ table.detach().T / 3.0, -1)
+    metric = table if target_grad else table.detach()
+    q = F.softmax(metric[y] @ metric.T / 3.0, -1)
     kl = F.kl_div(F.log_softmax(z / 3.0, -1), q, reduction="sum")
     trained = smoothed if variant.smoothed else ce
     expected = trained + (2.1 * kl if variant.augmented else 0.0)

@@ -61,10 +61,11 @@ def test_files_that_cannot_go_together(tmp_path: Path) -> None:
         ({"al": {"lr": 1.0}}, "settings for variant al, which is not one of baseline,real"),
         (
             {"real": {"hidden": 8}},
-            "hidden: only lr, dropout, embedding_range, temperature, gamma, label_smoothing may differ",
+            "hidden: only lr, dropout, embedding_range, temperature, gamma, target_grad, label_smoothing may differ",
         ),
         ({"real": {"lr": -1.0}}, "variant real: lr=-1.0"),
         ({"real": {"lr": None, "gamma": 1.0}}, "variant real: lr: expected a number"),
+        ({"real": {"target_grad": "yes"}}, "variant real: target_grad=yes: expected true or false"),
         ({"real": {"lr": "fast"}}, "variant real: a setting has the wrong type"),
         ({"real": 3}, "expected an object of settings for each variant"),
         ([], "expected an object of settings for each variant"),
@@ -126,8 +127,8 @@ def test_command(text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_a_table_says_which_settings_a_variant_does_nothing_with(toy: Any) -> None:
-    own = {"real": {"gamma": 0.7}, "re-ls": {"label_smoothing": 0.3}}
-    report = compare(toy(epochs=1, variants=("real", "re-ls"), overrides=own))
+    own = {"real": {"gamma": 0.7, "target_grad": True}, "re-ls": {"label_smoothing": 0.3}}
+    report = compare(toy(epochs=1, variants=("al", "real", "re-ls"), overrides=own))
     columns, rows = settings_table(report) or ((), [])
-    assert columns == ("variant", "gamma", "label_smoothing")
-    assert rows == [("+REAL", "0.7", "-"), ("+RE+LS", "-", "0.3")]
+    assert columns == ("variant", "gamma", "target_grad", "label_smoothing")
+    assert rows == [("+AL", "0.5", "no", "-"), ("+REAL", "0.7", "yes", "-"), ("+RE+LS", "-", "-", "0.3")]

@@ -48,15 +48,18 @@ def test_files_of_others_are_refused(toy: Any, tmp_path: Path, name: str, conten
 
 
 def test_a_comparison_of_an_earlier_version_goes_on(toy: Any, tmp_path: Path) -> None:
-    """It had the embedding start like all weights and no label smoothing, and no settings for them."""
+    """It had no settings for an embedding that starts unlike the rest, for label smoothing and for target_grad."""
     report = compare(toy(epochs=1))
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     assert config.pop("embedding_range") == config.pop("label_smoothing") == 0.1
+    assert config.pop("target_grad") is False
     file.write_text(json.dumps(config))
     assert numbers(compare(toy(epochs=1))) == numbers(report)
     with pytest.raises(CompareError, match=r"embedding_range=0\.1, now 0\.3"):
         compare(toy(epochs=1, embedding_range=0.3))
+    with pytest.raises(CompareError, match="target_grad=False, now True"):
+        compare(toy(epochs=1, target_grad=True))
 
 
 def test_damaged_files_are_named(toy: Any, tmp_path: Path) -> None:

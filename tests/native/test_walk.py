@@ -100,18 +100,20 @@ def test_products_larger_than_any_block_of_theirs(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["default", "everything"])
-def test_wide_products(name: str, dtype: torch.dtype) -> None:
-    # csrc/cpu/gemm_f32.cpp: from 256 columns and 8 rows on; blocks of 128 rows, up to 256 steps
-    p = problem(141, 619, 523, OPTIONS[name], dtype, extras=False)
+@pytest.mark.parametrize("width", [523, 200, 33])
+def test_wide_products(width: int, name: str, dtype: torch.dtype) -> None:
+    # csrc/cpu/gemm_f32.cpp: from 256 columns, or 32 on Zen 5, and 8 rows on; blocks of 128 rows, up to 256 steps
+    p = problem(141, 619, width, OPTIONS[name], dtype, extras=False)
     p.h.div_(16)
     for blocks in (BLOCKS[0], (59, 30, 271, 100), (6, 2, 619, 619)):
         check(p, Needs(True, True), blocks, 3e-5)
 
 
+@pytest.mark.parametrize("width", [512, 200])
 @pytest.mark.parametrize("tokens", [448, 64])
-def test_gradients_of_wide_products_round_no_more_than_eager(tokens: int) -> None:
+def test_gradients_of_wide_products_round_no_more_than_eager(tokens: int, width: int) -> None:
     # d_w in one chain of 448 sums, one of which weighs more than all others, had 1.6 times the error of eager.
-    w = Workload(448, 4000, 512)
+    w = Workload(448, 4000, width)
     h, weight, y = inputs(w)
     right = truth(w, h, weight, y, kl=True)
 

@@ -119,8 +119,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
            shown="what --config says")  # fmt: skip
     option("--checkpoint-every", "seconds between checkpoints", float, "S")
     flag = functools.partial(parser.add_argument, action=Given, nargs=0)
+    flag("--target-grad", const=True, default=False,
+         help="let the gradient of the augmented loss flow through its similarity target too")  # fmt: skip
     flag("--no-tied-bias", dest="tied_bias", const=False, default=True,
-         help="no output bias in +RE and +REAL, as in the paper")  # fmt: skip
+         help="no output bias in +RE and +REAL, as in the paper; +REAL then needs --target-grad")  # fmt: skip
     parser.add_argument("--config", action="append", default=[], metavar="FILE",
                         help="JSON with settings, such as best.json of `tiedkl tune`; VARIANT=FILE, once for each, for "
                         f"{', '.join(OWN)} of one variant; options given here come first")  # fmt: skip

@@ -72,6 +72,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ):
         value = default[flag.lstrip("-")]
         parser.add_argument(flag, choices=tuple(choices), default=value, help=f"{text} (default: {value})")
+    through = "let the gradient of the augmented loss flow through its similarity target too"
+    parser.add_argument("--target-grad", action="store_true", help=through)
     parser.add_argument("--fresh", action="store_true", help="discard an earlier study in --out and start again")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(func=run)

@@ -134,7 +134,9 @@ def _production(report: dict[str, Any], v: dict[str, Any], name: str) -> dict[st
     config, n_vocab = of_variant(report["config"], name), report["corpus"]["vocabulary"]
     eager = EAGER_MATRICES[v["augmented"]] * PRODUCTION_TOKENS * n_vocab * 4 / MIB
     about = VARIANTS[name]
-    keywords = ", ".join(f"{key}={value:g}" for key, value in about.loss_keywords(config).items())
+    keywords = ", ".join(
+        f"{key}={value if value is True else f'{value:g}'}" for key, value in about.loss_keywords(config).items()
+    )
     weight = "weight" if about.tied else "target_weight" if about.augmented else ""
     cost = report["cost"].get(name, {})
     return {

@@ -83,6 +83,7 @@ class VariantLoss(nn.Module):
         self.arguments = {
             "temperature": settings["temperature"],
             "alpha": settings["gamma"] * settings["temperature"] if variant.augmented else 0.0,
+            "target_grad": settings["target_grad"] and variant.augmented,
             "label_smoothing": settings["label_smoothing"] if variant.smoothed else 0.0,
             "impl": settings["impl"],
         }
@@ -91,10 +92,11 @@ class VariantLoss(nn.Module):
         self.by_token = tiedkl.FusedTiedLoss(alpha=0.0, impl=settings["impl"], reduction="none")
 
     def inputs(self, model: LanguageModel, hidden: Tensor, target: Tensor) -> dict[str, Any]:
-        """The arguments of the loss; the similarity target is a constant, so its metric is detached."""
+        """The arguments of the loss; without `target_grad` the similarity target is a constant, its metric detached."""
         call = {"input": hidden, "weight": model.weight, "target": target, "bias": model.bias}
         if self.variant.augmented and not self.variant.tied:
-            call["target_weight"] = model.embedding.weight.detach()
+            metric = model.embedding.weight
+            call["target_weight"] = metric if self.arguments["target_grad"] else metric.detach()
         return call
 
     def plan(self, model: LanguageModel, n_tokens: int) -> Plan:

@@ -40,6 +40,7 @@ OWN_HINTS = {
     "embedding_range": "of the embedding's initial weights, on either side of 0",
     "temperature": "of the augmented loss",
     "gamma": "weight of the augmented loss, in units of the temperature",
+    "target_grad": "whether its gradient flows through the similarity target too",
     "label_smoothing": "part of the target that +LS and +RE+LS spread over all words",
 }
 TEMPLATE = "report.html.j2"

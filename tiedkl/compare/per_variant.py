@@ -47,6 +47,11 @@ def read_configs(arguments: Iterable[str], given: Container[str]) -> dict[str, A
     return {setting: value for setting, (value, _) in common.items()} | ({"overrides": overrides} if overrides else {})
 
 
+def in_words(value: float | bool) -> str:
+    """A setting as a table and a report have it."""
+    return ("no", "yes")[value] if isinstance(value, bool) else f"{value:.4g}"
+
+
 def settings_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
     """Columns and rows of the settings in which the variants of a report differ; None when they do not.
 
@@ -59,5 +64,5 @@ def settings_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[
     rows = []
     for name, v in report["variants"].items():
         unused = VARIANTS[name].unused
-        rows.append((v["label"], *("-" if s in unused else f"{settings[name][s]:.4g}" for s in differing)))
+        rows.append((v["label"], *("-" if s in unused else in_words(settings[name][s]) for s in differing)))
     return (("variant", *differing), rows) if differing else None

@@ -16,9 +16,9 @@ NOT_RESOLVED = (
     "fresh", "reuse",
 )  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600}
-LOSS_OPTIONS = ("temperature", "gamma")  # of the augmented loss
+LOSS_OPTIONS = ("temperature", "gamma", "target_grad")  # of the augmented loss
 LARGEST_SEED = 2**60  # three streams a seed, 64 bits for all
-OWN = (  # what may differ between variants: all that can be searched
+OWN = (  # what may differ between variants: all that can be searched, and target_grad
     "lr", "dropout", "embedding_range", *LOSS_OPTIONS, "label_smoothing",
 )  # fmt: skip
 INITIAL_RANGE = 0.1  # of an LSTM of 200 units in Zaremba et al. (2014)
@@ -46,8 +46,10 @@ class Variant:
         return (() if self.augmented else LOSS_OPTIONS) + (() if self.smoothed else ("label_smoothing",))
 
     def loss_keywords(self, settings: Mapping[str, Any]) -> dict[str, float]:
-        """What of `settings` its `tiedkl.FusedTiedLoss` takes; alpha 0 without the augmented loss."""
-        found = {name: settings[name] for name in (*LOSS_OPTIONS, "label_smoothing") if name not in self.unused}
+        """What of `settings` its `tiedkl.FusedTiedLoss` takes, an option that is off left out; alpha 0 without the
+        augmented loss."""
+        names = (name for name in (*LOSS_OPTIONS, "label_smoothing") if name not in self.unused)
+        found = {name: settings[name] for name in names if settings[name] is not False}
         return found if self.augmented else {"alpha": 0.0, **found}
 
 
@@ -121,6 +123,7 @@ class Settings:
     embedding_range: float = INITIAL_RANGE  # an LSTM's embedding starts uniform in +- this
     temperature: float = 20.0
     gamma: float = 0.5
+    target_grad: bool = False  # the gradient of the augmented loss flows through its similarity target too
     label_smoothing: float = 0.1  # of the variants that have it
     tied_bias: bool = True  # an output bias in +RE and +REAL too; the paper has none there
     impl: str = "auto"
@@ -170,6 +173,8 @@ class Settings:
             raise CompareError(f"label_smoothing={self.label_smoothing}: expected a number from 0 to 1")
         if not 0 <= self.gamma < float("inf"):
             raise CompareError(f"gamma={self.gamma}: expected 0 or more")
+        if not isinstance(self.target_grad, bool):
+            raise CompareError(f"target_grad={self.target_grad}: expected true or false")
         if abs(self.seed) > LARGEST_SEED:
             raise CompareError(f"seed={self.seed}: expected a whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
         for name in ("decay_after", "price_per_hour", "checkpoint_every"):
@@ -274,9 +279,9 @@ def _settings_in(content: Any, path: str | Path) -> dict[str, Any]:
 def load_loss_options(path: str | Path) -> dict[str, float]:
     """The part of a configuration file that `tiedkl.FusedTiedLoss(**options)` takes.
 
-    What a `best.json` has under "loss": temperature and gamma, or alpha 0 for a variant without the augmented loss, and
-    label_smoothing for one that has it. For a file of settings alone, its temperature and gamma. Raises CompareError as
-    `load_config` does.
+    What a `best.json` has under "loss": temperature, gamma and, where it is on, target_grad, or alpha 0 for a variant
+    without the augmented loss, and label_smoothing for one that has it. For a file of settings alone, its temperature,
+    gamma and target_grad. Raises CompareError as `load_config` does.
     """
     content = _read_json(path)
     values = _settings_in(content, path)

@@ -16,7 +16,7 @@ from .settings import INITIAL_RANGE, VARIANTS, CompareError, Settings
 CONFIG, LOCK = "config.json", "compare.lock"
 REPORTS = ("report.json", "report.html", "report.md")
 # settings that earlier versions did not have
-LATER = {"embedding_range": INITIAL_RANGE, "label_smoothing": Settings.label_smoothing}
+LATER = {"embedding_range": INITIAL_RANGE, "label_smoothing": Settings.label_smoothing, "target_grad": False}
 PLAN = "plan"  # what `--budget` decided: kept, not compared
 CHECKPOINT = re.compile(rf"({'|'.join(VARIANTS)})(?:-(-?\d+))?\.pt")
 

@@ -57,6 +57,7 @@ class TuneSettings:
     embedding_range: float = INITIAL_RANGE
     temperature: float = 20.0
     gamma: float = 0.5
+    target_grad: bool = False
     label_smoothing: float = 0.1
     impl: str = "auto"
     threads: int | None = None
@@ -84,8 +85,8 @@ class TuneSettings:
         """The settings of a trial with the defaults."""
         shared = (
             "data", "model", "hidden", "layers", "batch", "bptt", "epochs", "max_tokens", "lr", "dropout",
-            "embedding_range", "temperature", "gamma", "label_smoothing", "impl", "threads", "device", "seed",
-            "vocab_size", "min_count", "tokenizer",
+            "embedding_range", "temperature", "gamma", "target_grad", "label_smoothing", "impl", "threads", "device",
+            "seed", "vocab_size", "min_count", "tokenizer",
         )  # fmt: skip
         # the rate falls after as large a part of the epochs as in `tiedkl compare` on a small text, 4 of 7
         decay_after = max(1, round(self.epochs * 4 / 7))

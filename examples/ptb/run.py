@@ -3,6 +3,7 @@
     python examples/ptb/run.py small --data DIR                          one run after the other
     python examples/ptb/run.py small --data DIR --jobs 2 --threads 1     two at a time
     python examples/ptb/run.py large --data DIR --device cuda --tf32 --minutes 9
+    python examples/ptb/run.py large100 medium76 --data DIR --only real --jobs 2 ...   of two experiments
     python examples/ptb/run.py sixteenth --data DIR --only 'tau*'        labels by pattern
     python examples/ptb/tables.py                                        what came out
 
@@ -178,6 +179,17 @@ def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def file_of(run: Run, results: Path) -> Path:
+    """Where the figures of a run are."""
+    return results / f"{run.experiment}.json"
+
+
+def known(chosen: list[tuple[Run, dict[str, Any]]], results: Path) -> dict[str, Any]:
+    """The figures so far of the experiments that were chosen, by name of the run."""
+    files = dict.fromkeys(file_of(run, results) for run, _ in chosen)
+    return {name: row for file in files for name, row in read(file).items()}
+
+
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Where text, checkpoints and figures are, and on what to compute."""
     parser.add_argument("--data", help="directory of the text, as for tiedkl compare; default: CPython's help texts")
@@ -196,20 +208,25 @@ def chosen_runs(args: argparse.Namespace) -> list[tuple[Run, dict[str, Any]]]:
     """The runs that the command names, each with its identity."""
     texts: dict[tuple[bool, float], Corpus] = {}
     chosen = []
-    for run in experiments()[args.experiment]:
-        if fnmatch.fnmatch(run.label, args.only) and (args.seed is None or run.seed in args.seed):
+    for name in dict.fromkeys(args.experiments):
+        runs = [run for run in experiments()[name] if args.seed is None or run.seed in args.seed]
+        runs = [run for run in runs if fnmatch.fnmatch(run.label, args.only)]
+        if not runs:
+            raise CompareError(f"no run of {name} is called {args.only} with that seed")
+        for run in runs:
             key = (run.help_texts, run.fraction)
             text = texts[key] = texts.get(key) or text_of(run, args)
             chosen.append((run, identity_of(run, text, settings_of(run, text, args))))
-    if not chosen:
-        raise CompareError(f"no run of {args.experiment} is called {args.only} with that seed")
     return chosen
 
 
 def arguments(command: list[str] | None = None) -> argparse.Namespace:
     """The parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=list(experiments()))
+    names = list(experiments())
+    parser.add_argument(
+        "experiments", nargs="+", choices=names, metavar="EXPERIMENT", help=f"one or more of {', '.join(names)}"
+    )
     add_text_options(parser)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of labels, such as 're*'")
     parser.add_argument("--seed", type=int, action="append", help="only this seed; repeatable")
@@ -233,11 +250,11 @@ def main() -> int:
     deadline = time.time() + 60 * args.minutes
     args.runs.mkdir(parents=True, exist_ok=True)
     args.results.mkdir(parents=True, exist_ok=True)
-    file = args.results / f"{args.experiment}.json"
-    chosen, figures = chosen_runs(args), read(file)
+    chosen = chosen_runs(args)
+    figures = known(chosen, args.results)
     for run, identity in chosen:
         if run.name in figures:
-            check(figures[run.name], identity, f"{run.name} in {file}")
+            check(figures[run.name], identity, f"{run.name} in {file_of(run, args.results)}")
     todo = [pair for pair in chosen if figures.get(pair[0].name, {}).get("status") not in ENDED]
     print(f"{len(chosen) - len(todo)} of {len(chosen)} runs are done", flush=True)
     status, interrupts = 0, []
@@ -273,6 +290,7 @@ def main() -> int:
                     print(f"{run.name}: {kind}{error}", file=sys.stderr, flush=True)
                     status = 1
                     continue
+                file = file_of(run, args.results)
                 with in_turn(args.results):  # another command may write too
                     write_atomically(file, (json.dumps(read(file) | {run.name: result}, indent=1) + "\n").encode())
             if interrupts:  # a signal for this process alone is for the workers too
@@ -281,7 +299,7 @@ def main() -> int:
             time.sleep(0.2)
     finally:
         pool.shutdown()
-    figures = read(file)
+    figures = known(chosen, args.results)
     left = sum(figures.get(run.name, {}).get("status") not in ENDED for run, _ in chosen)
     print(f"{left} of {len(chosen)} runs are left; the same command continues" if left else "all runs are done")
     return status

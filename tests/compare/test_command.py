@@ -70,6 +70,24 @@ def test_an_option_that_no_variant_uses_is_said(
     assert "no effect" not in capfd.readouterr().err
 
 
+def test_real_without_a_bias_is_warned_of_a_constant_target() -> None:
+    def lines(**changes: Any) -> list[str]:
+        return list(command.unwise(Settings(**changes)))
+
+    assert lines(tied_bias=False) == [
+        "--no-tied-bias: without a bias +REAL was worse than +RE until it had --target-grad too"
+    ]
+    assert lines(tied_bias=False, target_grad=True, overrides={"real": {"target_grad": False}})
+    for fine in (
+        {},
+        {"tied_bias": False, "target_grad": True},
+        {"tied_bias": False, "overrides": {"real": {"target_grad": True}}},
+        {"tied_bias": False, "variants": ("baseline", "re")},
+        {"tied_bias": False, "model": "transformer"},
+    ):
+        assert not lines(**fine)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

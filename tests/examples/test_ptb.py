@@ -194,13 +194,16 @@ def test_a_worker_that_is_killed_ends_only_its_own_run(
 
     monkeypatch.setattr(modules["run"], "ProcessPoolExecutor", Pool)
     place = ("--runs", str(tmp_path), "--results", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["run.py", "small", "--smoke", "--seed", "1", "--only", "re,*", *place])
+    command = ["small", "quarter", "--smoke", "--seed", "1", "--only", "re,*", *place]
+    monkeypatch.setattr(sys, "argv", ["run.py", *command])
     assert modules["run"].main() == 1
     said = capsys.readouterr()
-    first, *others = modules["run"].chosen_runs(modules["run"].arguments(sys.argv[1:]))
+    first, *others = modules["run"].chosen_runs(modules["run"].arguments(command))
     assert said.err == f"{first[0].name}: BrokenProcessPool: a worker was killed\n"
     assert f"1 of {len(others) + 1} runs are left" in said.out
-    assert set(json.loads((tmp_path / "small.json").read_text())) == {run.name for run, _ in others} != set()
+    written = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("small", "quarter")]
+    for figures, experiment in zip(written, ("small", "quarter"), strict=True):
+        assert set(figures) == {run.name for run, _ in others if run.experiment == experiment} != set()
     assert len(pools) == 2
 
 

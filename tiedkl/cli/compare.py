@@ -122,7 +122,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag("--target-grad", const=True, default=False,
          help="let the gradient of the augmented loss flow through its similarity target too")  # fmt: skip
     flag("--no-tied-bias", dest="tied_bias", const=False, default=True,
-         help="no output bias in +RE and +REAL, as in the paper; +REAL then needs --target-grad")  # fmt: skip
+         help="no output bias in +RE and +REAL, as in the paper; an LSTM's +REAL then needs --target-grad")  # fmt: skip
     parser.add_argument("--config", action="append", default=[], metavar="FILE",
                         help="JSON with settings, such as best.json of `tiedkl tune`; VARIANT=FILE, once for each, for "
                         f"{', '.join(OWN)} of one variant; options given here come first")  # fmt: skip
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         values["variants"] = parse_variants(args.variants)
         values |= read_configs(args.config, args.given)
         settings = Settings(**values | {"variants": tuple(values["variants"])})
-        for line in () if settings.quiet else without_effect(args.given, settings):
+        for line in () if settings.quiet else (*without_effect(args.given, settings), *unwise(settings)):
             print(f"tiedkl compare: {line}", file=sys.stderr)
         with ctrl_c() as pressed:
             try:
@@ -179,6 +179,13 @@ def without_effect(given: Collection[str], settings: Settings) -> Iterator[str]:
             some = ", ".join(v.name for v in VARIANTS.values() if name not in v.unused)
             flag = "--" + name.replace("_", "-")
             yield f"{flag} has no effect on {','.join(settings.variants)}; it is of {some}"
+
+
+def unwise(settings: Settings) -> Iterator[str]:
+    """A line for what examples/ptb has seen to fail."""
+    through = (settings.overrides or {}).get("real", {}).get("target_grad", settings.target_grad)
+    if settings.model == "lstm" and "real" in settings.variants and not settings.tied_bias and not through:
+        yield "--no-tied-bias: without a bias +REAL was worse than +RE until it had --target-grad too"
 
 
 @contextmanager

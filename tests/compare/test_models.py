@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiedkl.compare import VARIANTS, CompareError, Settings
 from tiedkl.compare.lstm import VariationalLSTM
+from tiedkl.compare.memory import loss_memory
 from tiedkl.compare.models import LanguageModel, VariantLoss
 from tiedkl.compare.transformer import Transformer, head_count
 
@@ -188,6 +189,18 @@ def test_loss_of_each_variant(name: str, target_grad: bool) -> None:
     assert float(plain.detach()) == pytest.approx(float(ce.detach()), rel=1e-9)
     by_token = VariantLoss(variant, s).token_cross_entropy(model, hidden, target)
     assert float(by_token.detach().sum()) == pytest.approx(float(ce.detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["al", "real"])
+def test_the_layer_hands_back_the_gradient_of_its_targets(name: str) -> None:
+    """Where the embedding is the output matrix too, that is one gradient."""
+    variant, found = VARIANTS[name], []
+    for target_grad in (False, True):
+        s = settings(target_grad=target_grad, impl="torch")
+        model = LanguageModel(N_VOCAB, s, tied=variant.tied)
+        found.append(loss_memory(model, VariantLoss(variant, s), 15))
+    assert found[1]["gradient_bytes"] - found[0]["gradient_bytes"] == (0 if variant.tied else 4 * N_VOCAB * 8)
+    assert found[1]["scratch_bytes"] > found[0]["scratch_bytes"]
 
 
 def test_the_embedding_has_a_range_of_its_own() -> None:

@@ -1,9 +1,9 @@
 """How many bytes the loss layer needs, and how many it would need written out in plain PyTorch.
 
-Counted are the gradients of hidden states, output matrix and bias that the layer hands back, plus its scratch as
-`tiedkl.explain` plans it. Eager PyTorch keeps whole (N, V) matrices alive instead: 3 at the peak of forward and
-backward for the cross-entropy, 7 with the augmented loss (peak resident size less that before, divided by N * V * 4;
-torch 2.13, CPU).
+Counted are the gradients of hidden states, output matrix and bias that the layer hands back, with `target_grad` that of
+an input embedding of its own too, plus its scratch as `tiedkl.explain` plans it. Eager PyTorch keeps whole (N, V)
+matrices alive instead: 3 at the peak of forward and backward for the cross-entropy, 7 with the augmented loss (peak
+resident size less that before, divided by N * V * 4; torch 2.13, CPU).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def loss_memory(model: LanguageModel, loss: VariantLoss, n_tokens: int) -> dict[
     weight = model.weight
     n_vocab, width = weight.shape
     plan = loss.plan(model, n_tokens)
-    gradients = 4 * (n_tokens * width + n_vocab * width + (0 if model.bias is None else n_vocab))
+    matrices_back = 2 if loss.arguments["target_grad"] and not loss.variant.tied else 1
+    gradients = 4 * (n_tokens * width + matrices_back * n_vocab * width + (0 if model.bias is None else n_vocab))
     matrices = EAGER_MATRICES[loss.variant.augmented]
     return {
         "tokens": n_tokens,

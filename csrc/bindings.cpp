@@ -34,6 +34,7 @@ pybind11::dict build_info() {
   info["capability"] = tiedkl::cpu::row_kernel_capability();
   info["bf16_products"] = tiedkl::cpu::bf16_gemm_available();
   info["f32_products"] = tiedkl::cpu::f32_gemm_available();
+  info["f32_columns"] = tiedkl::cpu::f32_gemm_columns();
   return info;
 }
 

@@ -35,17 +35,16 @@ Capability capability() {
   return c;
 }
 
-// AMD processors from Zen 5 on (family 1Ah) multiply 512 bits at once, where Zen 4 takes two steps of 256, which MKL has too.
-bool multiplies_512_bits() {
 #if defined(TIEDKL_X86)
+// AMD processors from Zen 5 on (family 1Ah) multiply 512 bits at once, but those of laptops; Zen 4 takes two steps of 256, as MKL does.
+// Leaf 8000001Ah would say so too, but virtual machines hide it.
+bool multiplies_512_bits() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
-  const unsigned family = eax >> 8 & 0xf, extended = eax >> 20 & 0xff;  // the second counts where the first is full
-  return family == 0xf && family + extended >= 0x1a;
-#else
-  return false;
-#endif
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff), models = eax >> 16 & 0xf;  // models in groups of sixteen
+  return family >= 0x1a && !(family == 0x1a && (models == 2 || models == 6));
 }
+#endif
 
 }  // namespace
 
@@ -75,8 +74,12 @@ bool f32_gemm_available() {
 }
 
 int64_t f32_gemm_columns() {
+#if defined(TIEDKL_X86)
   static const int64_t columns = multiplies_512_bits() ? 32 : 256;
   return columns;
+#else
+  return 256;
+#endif
 }
 
 template <typename T>

@@ -23,6 +23,7 @@ constexpr int64_t kLogitDepth = 256;   // w is packed: z sums over the width
 constexpr int64_t kTokenDepth = 128;   // G is packed: d_w sums over tokens, of which one carries most of a word's gradient
 constexpr int64_t kVocabDepth = 128;   // nothing is packed: d_h sums over the vocabulary
 constexpr int64_t kRows = 128, kCols = 128;            // of a block of c
+constexpr int64_t kFewRows = 32, kLanes = 16;          // a block is not divided further than this, and by whole vectors
 constexpr int64_t kPackedRows = 32, kPackedCols = 64;  // of a panel of the transposed operand
 constexpr int64_t kFew = 8;                            // rows of c up to which a BLAS is as fast, and adds up in better order
 static_assert(kLogitDepth * kPackedCols <= kF32GemmScratch && kTokenDepth * kPackedRows <= kF32GemmScratch);
@@ -52,7 +53,15 @@ bool f32_gemm_prefers(int64_t m, int64_t n, int64_t k, const F32Operand& a, cons
 
 void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Operand& b, float* c, int64_t ldc, bool add, float* scratch) {
   const bool pack_b = b.col_stride != 1 || b.row_stride < n, pack_a = !pack_b && (a.col_stride != 1 || a.row_stride < k);
-  const int64_t rows = pack_a ? kPackedRows : ceil_div(m, ceil_div(m, kRows)), cols = pack_b ? kPackedCols : pack_a ? 2 * kCols : kCols;
+  int64_t rows = kPackedRows, cols = 2 * kCols;
+  if (pack_b) {
+    rows = ceil_div(m, ceil_div(m, kRows)), cols = kPackedCols;
+  } else if (!pack_a) {
+    const int64_t across = ceil_div(n, kCols), threads = at::get_num_threads();
+    // a narrow c has few blocks: smaller ones where a thread had none
+    const int64_t down = std::max(ceil_div(m, kRows), std::min(ceil_div(threads, across), ceil_div(m, kFewRows)));
+    rows = ceil_div(m, down), cols = ceil_div(ceil_div(n, across), kLanes) * kLanes;
+  }
   const int64_t row_blocks = ceil_div(m, rows), col_blocks = ceil_div(n, cols);
   const int64_t step = pack_a ? kTokenDepth : pack_b ? kLogitDepth : kVocabDepth;
   const auto multiply = [&](int64_t i, int64_t j, int64_t k0, const float* left, int64_t lda, const float* right, int64_t ldb) {

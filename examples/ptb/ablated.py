@@ -1,4 +1,8 @@
-"""A trainer whose augmented loss differs in one thing from the library's: for the ablations only."""
+"""A trainer whose augmented loss differs in one thing from the library's: for the ablations only.
+
+`target_grad` and `label_smoothing` are settings of `tiedkl compare` too; here they stay options, by which the runs in
+results/ are known.
+"""
 
 from __future__ import annotations
 

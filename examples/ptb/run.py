@@ -3,7 +3,7 @@
     python examples/ptb/run.py small --data DIR                          one run after the other
     python examples/ptb/run.py small --data DIR --jobs 2 --threads 1     two at a time
     python examples/ptb/run.py large --data DIR --device cuda --tf32 --minutes 9
-    python examples/ptb/run.py large100 medium76 --data DIR --only real --jobs 2 ...   of two experiments
+    python examples/ptb/run.py large100 medium76 --data DIR --only real --jobs 2 --device cuda --tf32 --minutes 9
     python examples/ptb/run.py sixteenth --data DIR --only 'tau*'        labels by pattern
     python examples/ptb/tables.py                                        what came out
 

@@ -75,6 +75,10 @@ def test_best_has_the_gradient_through_the_target(toy: Any, trainings: Trainings
     assert load_loss_options(best) == {"temperature": 20.0, "gamma": 0.5, "target_grad": True}
     assert tiedkl.FusedTiedLoss(**load_loss_options(best)).settings.scalars.options.target_grad
     assert Settings(**load_config(best)).target_grad
+    assert "Variant real, the gradient through its similarity target too," in (best.parent / "tune.md").read_text()
+    use, baseline, _ = json.loads(best.read_text())["commands"]
+    assert "--variant baseline" in baseline
+    assert "--target-grad" not in use + baseline
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])

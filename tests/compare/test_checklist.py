@@ -82,7 +82,9 @@ def test_commands_have_the_settings_of_the_run(values: dict[str, Any]) -> None:
     search, default = tuned(tune_command(settings, "re")), TuneSettings()
     assert search.variant == "re"
     assert (search.out, search.fresh) == ("tune-re", default.fresh)
-    for name in {field.name for field in fields(TuneSettings)} - {"variant", "out", "fresh", "search"}:
+    assert not search.target_grad, "it has no augmented loss"
+    assert tuned(tune_command(settings, "al")).target_grad == settings.target_grad
+    for name in {field.name for field in fields(TuneSettings)} - {"variant", "out", "fresh", "search", "target_grad"}:
         assert getattr(search, name) == values.get(name, getattr(default, name)), name
 
 

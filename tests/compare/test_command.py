@@ -13,6 +13,7 @@ import pytest
 
 from tiedkl.cli import compare as command
 from tiedkl.compare import Settings, runner
+from tiedkl.compare.verdict import limits
 
 TOY = (
     "--hidden=8",
@@ -60,32 +61,37 @@ def test_an_option_that_no_variant_uses_is_said(
     text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     common = ("--data", str(text_file), "--out", str(tmp_path / "o"), *TOY, "--epochs=1")
-    assert main(*common, "--label-smoothing", "0.1", "--gamma=0.5", "--lr=1") == 0
+    assert main(*common, "--label-smoothing", "0.1", "--gamma=0.5", "--lr=1", "--target-grad") == 0
     notes = sorted(line for line in capfd.readouterr().err.splitlines() if "no effect" in line)
     assert notes == [
         "tiedkl compare: --gamma has no effect on baseline,re; it is of al, real",
         "tiedkl compare: --label-smoothing has no effect on baseline,re; it is of ls, re-ls",
+        "tiedkl compare: --target-grad has no effect on baseline,re; it is of al, real",
     ]
-    assert main(*common, "--gamma=0.5", "--variants=baseline,re,real") == 0
+    assert main(*common, "--gamma=0.5", "--target-grad", "--variants=baseline,re,real") == 0
     assert "no effect" not in capfd.readouterr().err
 
 
-def test_real_without_a_bias_is_warned_of_a_constant_target() -> None:
-    def lines(**changes: Any) -> list[str]:
-        return list(command.unwise(Settings(**changes)))
+def test_a_constant_target_without_a_bias_is_said_beforehand_and_in_the_report() -> None:
+    def told(**changes: Any) -> bool:
+        settings = Settings(**changes)
+        said = list(command.notes((), settings))
+        finished: dict[str, Any] = {name: {"seeds_done": [1]} for name in settings.variants}
+        in_report = limits(finished, None, dataclasses.asdict(settings))
+        assert [text for text in in_report if "--target-grad" in text] == said
+        return bool(said)
 
-    assert lines(tied_bias=False) == [
-        "--no-tied-bias: without a bias +REAL was worse than +RE until it had --target-grad too"
-    ]
-    assert lines(tied_bias=False, target_grad=True, overrides={"real": {"target_grad": False}})
+    assert told(tied_bias=False)
+    assert told(tied_bias=False, target_grad=True, overrides={"real": {"target_grad": False}})
+    assert not told()
     for fine in (
-        {},
-        {"tied_bias": False, "target_grad": True},
-        {"tied_bias": False, "overrides": {"real": {"target_grad": True}}},
-        {"tied_bias": False, "variants": ("baseline", "re")},
-        {"tied_bias": False, "model": "transformer"},
+        {"target_grad": True},
+        {"overrides": {"real": {"target_grad": True}}},
+        {"gamma": 0.0},
+        {"variants": ("baseline", "re")},
+        {"model": "transformer"},
     ):
-        assert not lines(**fine)
+        assert not told(tied_bias=False, **fine)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_report_says_for_whom_the_settings_were_searched(toy: Any, tmp_path: Pat
 
 
 def test_a_transformer_has_no_such_range() -> None:
-    assert not any("--embedding-range" in text for text in limits({}, model="transformer"))
+    assert not any("--embedding-range" in text for text in limits({}, config={"model": "transformer"}))
 
 
 def test_search_for_the_baseline_favours_the_baseline() -> None:

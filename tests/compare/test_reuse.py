@@ -55,12 +55,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return labels
 
 
-def test_another_gamma_trains_only_what_uses_it(toy: Any, tmp_path: Path, trained: list[str]) -> None:
+@pytest.mark.parametrize("changes", [{"gamma": 4.0}, {"target_grad": True}], ids=lambda changes: next(iter(changes)))
+def test_another_loss_trains_only_what_uses_it(
+    changes: dict[str, Any], toy: Any, tmp_path: Path, trained: list[str]
+) -> None:
     first = toy(epochs=1, seeds=2, variants=FOUR)
     compare(first)
-    alone = compare(toy(epochs=1, seeds=2, variants=FOUR, gamma=4.0, out=str(tmp_path / "alone")))
+    alone = compare(toy(epochs=1, seeds=2, variants=FOUR, out=str(tmp_path / "alone"), **changes))
     trained.clear()
-    second = toy(epochs=1, seeds=2, variants=FOUR, gamma=4.0, out=str(tmp_path / "g4"), reuse=first.out)
+    second = toy(epochs=1, seeds=2, variants=FOUR, out=str(tmp_path / "other"), reuse=first.out, **changes)
     report = compare(second)
     assert trained == ["+AL seed 1", "+REAL seed 1", "+AL seed 2", "+REAL seed 2"]
     assert without_places(report) == without_places(alone)
@@ -246,7 +249,7 @@ def test_a_comparison_of_an_earlier_version(toy: Any, tmp_path: Path) -> None:
     compare(first)
     file = Path(first.out) / "config.json"
     config = json.loads(file.read_text("utf-8"))
-    del config["label_smoothing"], config["embedding_range"]
+    del config["label_smoothing"], config["embedding_range"], config["target_grad"]
     file.write_text(json.dumps(config))
     assert len(taken(compare(toy(epochs=1, out=str(tmp_path / "b"), reuse=first.out)))) == 2
 

@@ -20,29 +20,32 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def trainer(model: str, variant: str) -> Trainer:
-    settings = Settings(batch=BATCH, bptt=BPTT, dropout=0.3, epochs=2, **MODELS[model]).resolved(1000)
+def trainer(model: str, variant: str, **more: Any) -> Trainer:
+    settings = Settings(batch=BATCH, bptt=BPTT, dropout=0.3, epochs=2, **MODELS[model], **more).resolved(1000)
     g = torch.Generator().manual_seed(0)
     last = (STEPS - 1) * BPTT + 2  # the last window is a short one
     split = tuple(torch.randint(WORDS, (last, BATCH), generator=g).to(DEVICE) for _ in range(2))
     return Trainer(VARIANTS[variant], settings, Data(WORDS, split, split, split), DEVICE)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("target_grad", [False, True])
 @pytest.mark.parametrize("variant", ["al", "real"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_captured_step_is_the_step(model: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_step_is_the_step(
+    model: str, variant: str, target_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over two epochs, dropout masks included; and interrupted, in a new trainer."""
-    captured = trainer(model, variant)
+    captured = trainer(model, variant, target_grad=target_grad)
     events = captured.run()
     for _ in range(STEPS + 4):
         next(events)
     assert captured.captured is not None
-    resumed = trainer(model, variant)
+    resumed = trainer(model, variant, target_grad=target_grad)
     resumed.load_state_dict(copy.deepcopy(captured.state_dict()))
     for each in (events, resumed.run()):
         assert list(each)[-1] == "done"
     monkeypatch.setattr(Trainer, "_capturable", lambda self, call: False)
-    plain = trainer(model, variant)
+    plain = trainer(model, variant, target_grad=target_grad)
     assert list(plain.run())[-1] == "done"
     assert plain.captured is None
     for other in (captured, resumed):

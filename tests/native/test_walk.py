@@ -265,6 +265,7 @@ def test_build_info() -> None:
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["bf16_products"] in (False, info["capability"] == "AVX512")
     assert info["f32_products"] in (False, info["capability"] == "AVX512")
+    assert info["f32_columns"] in (32, 256)
 
 
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]

@@ -121,6 +121,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     flag = functools.partial(parser.add_argument, action=Given, nargs=0)
     flag("--target-grad", const=True, default=False,
          help="let the gradient of the augmented loss flow through its similarity target too")  # fmt: skip
+    flag("--no-target-grad", dest="target_grad", const=False, default=False,
+         help="no such gradient, whatever a file of --config says (default)")  # fmt: skip
     flag("--no-tied-bias", dest="tied_bias", const=False, default=True,
          help="no output bias in +RE and +REAL, as in the paper; an LSTM's +REAL then needs --target-grad")  # fmt: skip
     parser.add_argument("--config", action="append", default=[], metavar="FILE",
@@ -151,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         values["variants"] = parse_variants(args.variants)
         values |= read_configs(args.config, args.given)
         settings = Settings(**values | {"variants": tuple(values["variants"])})
-        for line in () if settings.quiet else (*without_effect(args.given, settings), *unwise(settings)):
+        for line in () if settings.quiet else notes(args.given, settings):
             print(f"tiedkl compare: {line}", file=sys.stderr)
         with ctrl_c() as pressed:
             try:
@@ -171,6 +173,15 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
+def notes(given: Collection[str], settings: Settings) -> Iterator[str]:
+    """What to know before the training: options that none of the variants uses, and what is known not to work."""
+    from ..compare.verdict import stuck_target
+
+    yield from without_effect(given, settings)
+    if "real" in settings.variants:
+        yield from stuck_target(dataclasses.asdict(settings))
+
+
 def without_effect(given: Collection[str], settings: Settings) -> Iterator[str]:
     """A line for each option the user gave that none of the variants compared does anything with."""
     chosen = [VARIANTS[name] for name in settings.variants]
@@ -179,13 +190,6 @@ def without_effect(given: Collection[str], settings: Settings) -> Iterator[str]:
             some = ", ".join(v.name for v in VARIANTS.values() if name not in v.unused)
             flag = "--" + name.replace("_", "-")
             yield f"{flag} has no effect on {','.join(settings.variants)}; it is of {some}"
-
-
-def unwise(settings: Settings) -> Iterator[str]:
-    """A line for what examples/ptb has seen to fail."""
-    through = (settings.overrides or {}).get("real", {}).get("target_grad", settings.target_grad)
-    if settings.model == "lstm" and "real" in settings.variants and not settings.tied_bias and not through:
-        yield "--no-tied-bias: without a bias +REAL was worse than +RE until it had --target-grad too"
 
 
 @contextmanager

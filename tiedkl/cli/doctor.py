@@ -241,7 +241,7 @@ def _render_extension(e: dict[str, Any]) -> list[str]:
     if e.get("bf16_products"):
         built += ", bfloat16 products"
     if e.get("f32_products"):
-        built += ", float32 products from oneDNN"
+        built += f", float32 products from oneDNN, of narrow embeddings from {e.get('f32_columns')} columns on"
     return [f"tiedkl._C at {e['path']}", f"problem: {e['problem']}" if e["problem"] else built]
 
 

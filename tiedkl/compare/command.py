@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .settings import OWN, Settings
+from .settings import OWN, VARIANTS, Settings
 
 OUT = "tune-{}"  # of the search for a variant
 
@@ -47,6 +47,7 @@ def tune_command(settings: Settings, variant: str) -> str:
     names = {field.name for field in fields(TuneSettings)} - {"out", "fresh"}
     shared = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name in names}
     shared = {name: value for name, value in shared.items() if value is not None}
+    shared["target_grad"] = settings.target_grad and VARIANTS[variant].augmented
     search = search_of_all(settings, variant)
     return f"tiedkl tune{options(TuneSettings(**shared, variant=variant, search=search, out=OUT.format(variant)))}"
 

@@ -88,7 +88,7 @@ def build(
         "status": "complete" if all(v["status"] == "done" for v in variants.values()) else "partial",
         "verdict": sentences,
         "outcome": outcome,
-        "limits": limits(variants, request.tuned_for, own=config.get("overrides") or (), model=config.get("model")),
+        "limits": limits(variants, request.tuned_for, config),
         "config": config,
         "corpus": corpus,
         "environment": environment,

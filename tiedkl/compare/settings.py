@@ -173,8 +173,11 @@ class Settings:
             raise CompareError(f"label_smoothing={self.label_smoothing}: expected a number from 0 to 1")
         if not 0 <= self.gamma < float("inf"):
             raise CompareError(f"gamma={self.gamma}: expected 0 or more")
-        if not isinstance(self.target_grad, bool):
-            raise CompareError(f"target_grad={self.target_grad}: expected true or false")
+        for name in OWN:
+            value = getattr(self, name)
+            if isinstance(value, bool) != (name == "target_grad"):
+                expected = "true or false" if name == "target_grad" else "a number"
+                raise CompareError(f"{name}={value}: expected {expected}")
         if abs(self.seed) > LARGEST_SEED:
             raise CompareError(f"seed={self.seed}: expected a whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
         for name in ("decay_after", "price_per_hour", "checkpoint_every"):
@@ -195,7 +198,7 @@ class Settings:
             if other := sorted(values.keys() - set(OWN)):
                 raise CompareError(f"variant {variant}: {', '.join(other)}: only {', '.join(OWN)} may differ")
             if empty := sorted(name for name, value in values.items() if value is None):
-                raise CompareError(f"variant {variant}: {', '.join(empty)}: expected a number")
+                raise CompareError(f"variant {variant}: {', '.join(empty)}: expected a value")
             try:
                 replace(self, overrides=None, **values)
             except TypeError as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .evidence import widest
-from .settings import CONTROLS, SMALL, VARIANTS
+from .settings import CONTROLS, SMALL, VARIANTS, of_variant
 from .tables import number, span
 
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
@@ -71,17 +71,13 @@ def best(variants: dict[str, Any]) -> str | None:
 
 
 def limits(
-    variants: dict[str, Any],
-    tuned_for: str | None = None,
-    *,
-    own: Collection[str] = (),
-    model: str | None = None,
+    variants: dict[str, Any], tuned_for: str | None = None, config: Mapping[str, Any] | None = None
 ) -> list[str]:
     """What a comparison cannot tell, with the seeds that are finished so far.
 
-    tuned_for: the variant that the settings were searched for, None where they were not searched. own: the variants
-    that have settings of their own. model: that of `Settings`.
+    tuned_for: the variant that the settings were searched for, None where they were not searched. config: settings.
     """
+    config = config or {}
     n_seeds = min((len(v["seeds_done"]) for v in variants.values() if v["seeds_done"]), default=0)
     if n_seeds == 0:
         first = "No training run is finished yet."
@@ -92,7 +88,8 @@ def limits(
     return [
         first,
         "A small model and a short training; larger models and longer training can change the order of the variants.",
-        *_fairness(variants, tuned_for, own, model),
+        *_fairness(variants, tuned_for, config.get("overrides") or (), config.get("model")),
+        *(stuck_target(config) if "real" in variants else ()),
         *_without_control(variants),
         "Words outside the vocabulary count as the one word <unk>, so perplexities of different texts or vocabularies "
         "cannot be compared.",
@@ -105,7 +102,7 @@ def limits(
 def _fairness(
     variants: dict[str, Any], tuned_for: str | None, own: Collection[str], model: str | None
 ) -> Iterator[str]:
-    """Whom the settings favour; the arguments are those of `limits`."""
+    """Whom the settings favour. own: the variants that have some of their own."""
     if own:
         yield "Variants have settings of their own: a better search for one of them can change the answer."
     mine, common = ([VARIANTS[name].label for name in variants if (name in own) is has] for has in (True, False))
@@ -121,6 +118,16 @@ def _fairness(
         if model == "lstm":
             text += " On little text one of them, --embedding-range, can matter more than the variant."
         yield text
+
+
+def stuck_target(config: Mapping[str, Any]) -> Iterator[str]:
+    """What examples/ptb saw of a +REAL without an output bias whose similarity target is a constant."""
+    mine = of_variant(dict(config), "real")
+    if mine.get("model") == "lstm" and not mine.get("tied_bias", True) and mine["gamma"] and not mine["target_grad"]:
+        yield (
+            "Without an output bias an LSTM's +REAL was worse than +RE on the Penn Treebank where its similarity "
+            "target was a constant; --target-grad helped."
+        )
 
 
 def _without_control(variants: dict[str, Any]) -> Iterator[str]:

@@ -231,9 +231,11 @@ def markdown(found: dict[str, Any]) -> str:
     """The study as Markdown."""
     lines = [f"# Search on {found['text']['name'].replace('_', chr(92) + '_')}", ""]
     lines += [*found["verdict"], ""]
+    through = ", the gradient through its similarity target too" if found["loss"].get("target_grad") else ""
     lines += [
-        f"Variant {found['tuned_for']}, {found['training']['epochs']} epochs of {found['text']['tokens']['train']:,} "
-        "training tokens a trial; the validation perplexity decides, and hopeless trials are pruned.",
+        f"Variant {found['tuned_for']}{through}, {found['training']['epochs']} epochs of "
+        f"{found['text']['tokens']['train']:,} training tokens a trial; the validation perplexity decides, and "
+        "hopeless trials are pruned.",
         "",
     ]
     notes = [f"- Trial {t['number']}: {t['note']}" for t in found["trials"] if t["note"]]
@@ -251,7 +253,8 @@ def commands(settings: TuneSettings) -> list[str]:
     parts = [] if settings.search is None else [part.strip() for part in settings.search.split(",")]
     kept = [part for part in parts if part.partition("=")[0] not in VARIANTS[other].unused]
     searched = ",".join(kept) or search_of_all(settings, other)
-    search = replace(settings, variant=other, out=str(out), search=searched, fresh=False)
+    through = settings.target_grad and VARIANTS[other].augmented
+    search = replace(settings, variant=other, out=str(out), search=searched, fresh=False, target_grad=through)
     # the rest is in best.json
     again = Settings(data=settings.data, impl=settings.impl, device=settings.device, threads=settings.threads)
     arms = tuple(dict.fromkeys((*PAPER_VARIANTS, own)))  # the default has no control

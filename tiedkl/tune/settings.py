@@ -57,8 +57,8 @@ class TuneSettings:
     embedding_range: float = INITIAL_RANGE
     temperature: float = 20.0
     gamma: float = 0.5
-    target_grad: bool = False
     label_smoothing: float = 0.1
+    target_grad: bool = False  # of all trials
     impl: str = "auto"
     threads: int | None = None
     device: str = "cpu"

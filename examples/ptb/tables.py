@@ -94,7 +94,8 @@ where dropout masks are others.""",
 other dropout masks.""",
     "small100": """\
 40 sequences instead of 20, and a rate that falls by 3.8% an epoch after the fifteenth. Unlike the paper's, +RE and
-+REAL have an output bias. Trained with tf32 products.""",
++REAL have an output bias. Two threads of a CPU, after four epochs on one; MKL was made to take its AVX-512 path, which
+it leaves alone on AMD's processors (a preloaded mkl_serv_intel_cpu_true).""",
     "medium": """\
 The schedule of the Keras reimplementation, of 40 epochs. Unlike the paper's, +REAL has an output bias. Trained with
 tf32 products.""",

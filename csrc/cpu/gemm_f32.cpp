@@ -30,6 +30,9 @@ static_assert(kLogitDepth * kPackedCols <= kF32GemmScratch && kTokenDepth * kPac
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+// The size of equal blocks of x, of at most `most` each.
+int64_t even(int64_t x, int64_t most) { return ceil_div(x, ceil_div(x, most)); }
+
 }  // namespace
 
 bool AVX512::brgemm_works() {
@@ -55,12 +58,13 @@ void f32_gemm(int64_t m, int64_t n, int64_t k, const F32Operand& a, const F32Ope
   const bool pack_b = b.col_stride != 1 || b.row_stride < n, pack_a = !pack_b && (a.col_stride != 1 || a.row_stride < k);
   int64_t rows = kPackedRows, cols = 2 * kCols;
   if (pack_b) {
-    rows = ceil_div(m, ceil_div(m, kRows)), cols = kPackedCols;
+    rows = even(m, kRows);
+    cols = kPackedCols;
   } else if (!pack_a) {
-    const int64_t across = ceil_div(n, kCols), threads = at::get_num_threads();
+    cols = ceil_div(even(n, kCols), kLanes) * kLanes;
     // a narrow c has few blocks: smaller ones where a thread had none
-    const int64_t down = std::max(ceil_div(m, kRows), std::min(ceil_div(threads, across), ceil_div(m, kFewRows)));
-    rows = ceil_div(m, down), cols = ceil_div(ceil_div(n, across), kLanes) * kLanes;
+    const int64_t wanted = ceil_div(at::get_num_threads(), ceil_div(n, cols));
+    rows = even(m, std::clamp(ceil_div(m, wanted), kFewRows, kRows));
   }
   const int64_t row_blocks = ceil_div(m, rows), col_blocks = ceil_div(n, cols);
   const int64_t step = pack_a ? kTokenDepth : pack_b ? kLogitDepth : kVocabDepth;

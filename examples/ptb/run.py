@@ -209,8 +209,9 @@ def chosen_runs(args: argparse.Namespace) -> list[tuple[Run, dict[str, Any]]]:
     texts: dict[tuple[bool, float], Corpus] = {}
     chosen = []
     for name in dict.fromkeys(args.experiments):
-        runs = [run for run in experiments()[name] if args.seed is None or run.seed in args.seed]
-        runs = [run for run in runs if fnmatch.fnmatch(run.label, args.only)]
+        runs = [run for run in experiments()[name] if fnmatch.fnmatch(run.label, args.only)]
+        if args.seed is not None:
+            runs = [run for run in runs if run.seed in args.seed]
         if not runs:
             raise CompareError(f"no run of {name} is called {args.only} with that seed")
         for run in runs:

@@ -156,6 +156,15 @@ def _stronger(experiment: str, settings: dict[str, Any], seed: int, **more: Any)
     ]
 
 
+def _far_end(experiment: str, settings: dict[str, Any], seed: int) -> list[Run]:
+    """Both losses at the far end of what the paper gives: the least of its temperatures, the largest gamma."""
+    stronger = settings | {"temperature": 10.0, "gamma": 0.8}
+    return [
+        Run(experiment, "al,tau=10,gamma=0.8", "al", seed, stronger),
+        Run(experiment, "tau=10,gamma=0.8", "real", seed, stronger),
+    ]
+
+
 def _without_bias(experiment: str, settings: dict[str, Any], seed: int, **more: Any) -> list[Run]:
     """The tied variants as the paper has them, +REAL with either target."""
     without = settings | {"tied_bias": False}
@@ -215,7 +224,7 @@ def experiments() -> dict[str, list[Run]]:
         "small40": [*_four("small40", small40, [1]), *reversed(_stronger("small40", small40, 1))],
         "small42": _real_first("small42", SMALL42),
         "small64": _real_first("small64", SMALL64),
-        "small100": _real_first("small100", SMALL100),
+        "small100": [*_real_first("small100", SMALL100), *_far_end("small100", SMALL100, 1)],
         "readings": [  # of the dropout figure 0.7: a probability of keeping, or of dropping
             Run("readings", f"{v},dropout={p:g}", v, 1, small | {"dropout": p, "epochs": 4}, fraction=1 / 4)
             for v in ("baseline", "real")

@@ -94,8 +94,9 @@ where dropout masks are others.""",
 other dropout masks.""",
     "small100": """\
 40 sequences instead of 20, and a rate that falls by 3.8% an epoch after the fifteenth. Unlike the paper's, +RE and
-+REAL have an output bias. Two threads of a CPU, after four epochs on one; MKL was made to take its AVX-512 path, which
-it leaves alone on AMD's processors (a preloaded mkl_serv_intel_cpu_true).""",
++REAL have an output bias. +AL was trained on a GPU, with tf32 products; the others on two threads of a CPU, after four
+epochs on one, where MKL was made to take its AVX-512 path, which it leaves alone on AMD's processors (a preloaded
+mkl_serv_intel_cpu_true).""",
     "medium": """\
 The schedule of the Keras reimplementation, of 40 epochs. Unlike the paper's, +REAL has an output bias. Trained with
 tf32 products.""",
@@ -107,10 +108,10 @@ bias. Trained with tf32 products; the perplexity still fell by 0.06 an epoch at 
 products.""",
     "medium110": """\
 40 sequences instead of 20, 68 epochs at the full rate. Unlike the paper's, +REAL has an output bias. Trained with tf32
-products, and stopped early.""",
+products, and stopped early; these are the first epochs of the 76 above.""",
     "large100": """\
 40 sequences instead of 20, 62 epochs at the full rate. Unlike the paper's, +REAL has an output bias. Trained with tf32
-products, and stopped before the test text was read.""",
+products.""",
     "sixteenth": """\
 τ is varied at γ as it is: the gradient of the KL goes with γ/τ, so a larger τ is also a weaker loss; `tau=40,gamma=1`
 has γ/τ of the control. "average" and "frozen" are sources of the similarity target: a moving average of the embedding,

@@ -17,6 +17,21 @@ from tiedkl.compare.training import Trainer
 AVERAGE_DECAY = 0.999  # of the moving average of the embedding, a step; less in the first, so that it forgets its start
 
 
+class BiasInCrossEntropy(torch.nn.Module):
+    """`FusedTiedLoss` with a bias that the KL does not see: CE with it, and CE + KL without it, less CE without it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        sums = {"reduction": "sum", "return_terms": True}
+        self.both = tiedkl.FusedTiedLoss(**options, **sums)
+        self.ce = tiedkl.FusedTiedLoss(**options | {"alpha": 0.0, "target_grad": False}, **sums)
+
+    def forward(self, *, bias: Tensor, target_weight: Tensor | None = None, **call: Any) -> tiedkl.TiedLossOutput:
+        ce = self.ce(**call, bias=bias)
+        both = self.both(**call, target_weight=target_weight)
+        return ce._replace(loss=ce.loss + both.loss - self.ce(**call).loss, kl=both.kl)
+
+
 class AblatedTrainer(Trainer):
     """`options`, each optional:
 
@@ -25,6 +40,8 @@ class AblatedTrainer(Trainer):
     temperatures: (first, last) of a straight line over the training steps; alpha = gamma * temperature follows.
     similarity: "average", an exponential moving average of the embedding, or "frozen", the embedding of another model
         (`vectors`, (V, D)), as source of the similarity target; whose it is run.py reads from "vectors".
+    kl_bias: False leaves the output bias out of the prediction in the KL, softmax(h w^T / temperature), as the paper
+        writes it and its Keras reimplementation computes it.
     """
 
     _PLAIN = (*Trainer._PLAIN, "source")
@@ -51,7 +68,11 @@ class AblatedTrainer(Trainer):
         options = self.loss.arguments | {name: o[name] for name in ("target_grad", "label_smoothing") if name in o}
         if "temperatures" in o:
             options |= self._annealed(*o["temperatures"])
-        self.loss.loss = tiedkl.FusedTiedLoss(**options, reduction="sum", return_terms=True)
+        self.loss.loss = (
+            tiedkl.FusedTiedLoss(**options, reduction="sum", return_terms=True)
+            if o.get("kl_bias", True)
+            else BiasInCrossEntropy(**options)
+        )
 
     def _annealed(self, first: float, last: float) -> dict[str, float]:
         s = self.settings

@@ -11,7 +11,7 @@ schedules, `small40` and `medium` not; `small42`, `medium76`, `medium110` and `l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -139,11 +139,23 @@ def _sixteenth() -> Iterator[Run]:
         yield run("target_grad,no bias", loss={"target_grad": True}, tied_bias=False)
         yield run("target_grad,gamma=4", loss={"target_grad": True}, gamma=4.0)
         yield run("target_grad,gamma=4,no bias", loss={"target_grad": True}, gamma=4.0, tied_bias=False)
+        yield from _bias_in_ce(run)
         yield run("average", loss={"similarity": "average"})
         yield run("frozen, whole text", loss={"similarity": "frozen", "vectors": "small"})
 
 
 TARGET_GRAD: dict[str, Any] = {"target_grad": True}
+IN_CE: dict[str, Any] = {"kl_bias": False}
+
+
+def _bias_in_ce(run: Callable[..., Run]) -> Iterator[Run]:
+    """Both losses with the output bias in the cross-entropy alone, by strength and target."""
+    for strength in ({}, {"gamma": 4.0}):
+        prefix = "gamma=4," if strength else ""
+        yield run(f"al,{prefix}bias in CE", "al", loss=IN_CE, **strength)
+        yield run(f"{prefix}bias in CE", loss=IN_CE, **strength)
+        yield run(f"al,target_grad,{prefix}bias in CE", "al", loss=IN_CE | TARGET_GRAD, **strength)
+        yield run(f"target_grad,{prefix}bias in CE", loss=IN_CE | TARGET_GRAD, **strength)
 
 
 def _stronger(experiment: str, settings: dict[str, Any], seed: int, **more: Any) -> list[Run]:

@@ -6,8 +6,9 @@ its Keras reimplementation: two LSTM layers, SGD at rate 1 on sums over time ste
 0.9 an epoch after the fifth, gradient norm 5 or 6, variational dropout. They depart from it in three things: the output
 bias of +RE and +REAL, which runs called "no bias" lack as the paper's do; that the KL sees the bias, which in those
 called "bias in CE" it does not; and schedules. The reimplementation's code multiplies the rate by 0.9 once in five
-epochs (200 units) or ten (650), by 0.97 every epoch (1500). `small` and `large` have shorter ones; `small42`, `medium76`, `medium110` and `large100` stay longer at the full rate,
-`small64` and `small100` let it fall more slowly than `small40`. Of these six all but `small42` have 40 sequences.
+epochs (200 units) or ten (650), by 0.97 every epoch (1500). `small` and `large` have shorter ones; `small42`,
+`medium76`, `medium110` and `large100` stay longer at the full rate, `small64` and `small100` let it fall more slowly
+than `small40`. Of these six all but `small42` have 40 sequences.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ Two things differ from the paper: a schedule that two CPU cores finish (the JSON
 +RE and +REAL. Perplexities here are those of a shorter training than the paper's; only the changes are comparable.
 Seeds 2 and 3 of the baseline and +AL were trained on a GPU.""",
     "small40": """\
-The rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE and +REAL have an output bias. The baseline, +RE and the stronger loss were trained on a CPU, +AL and +REAL on a GPU,
-where dropout masks are others.""",
+The rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE and +REAL have an output bias. The baseline,
++RE and the stronger loss were trained on a CPU, +AL and +REAL on a GPU, where dropout masks are others.""",
     "small42": """\
 30 epochs at the full rate, then a quarter less an epoch. Unlike the paper's, +RE and +REAL have an output bias.""",
     "small64": """\
@@ -100,8 +100,8 @@ mkl_serv_intel_cpu_true).""",
 40 epochs, the rate falling by a tenth an epoch after the fifth. Unlike the paper's, +REAL has an output bias. Trained
 with tf32 products.""",
     "large": """\
-55 epochs, after which the rate is where the Keras reimplementation's is after 82. Unlike the paper's, +REAL has an output
-bias. Trained with tf32 products; the perplexity still fell by 0.06 an epoch at the end.""",
+55 epochs, after which the rate is where the Keras reimplementation's is after 82. Unlike the paper's, +REAL has an
+output bias. Trained with tf32 products; the perplexity still fell by 0.06 an epoch at the end.""",
     "medium76": """\
 40 sequences instead of 20, 46 epochs at the full rate. Unlike the paper's, +REAL has an output bias. Trained with tf32
 products.""",

@@ -21,14 +21,12 @@ TOKENS = {"train": 35_000, "valid": 4_000, "test": 4_000}
 SPEED = Speed(step=0.1, token=0.0005)  # an epoch is 100 steps and 4,000 tokens: 12 s; the test 2 s; a seed 86 s
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1.5h", 5400), ("30", 30), (" 2 M ", 120)]
-)
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1.5h", 5400), (" 2 M ", 120)])
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "-5s", "0", "5d", "1m30", "nan"])
+@pytest.mark.parametrize("text", ["", "soon", "-5s", "0", "0m", "15", "5d", "1m30", "nan"])
 def test_what_is_not_a_duration(text: str) -> None:
     with pytest.raises(CompareError, match="90s, 15m, 2h"):
         parse_duration(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,18 @@ def test_unknown_words_of_the_text_itself_count_as_unknown(tmp_path: Path) -> No
     single = tmp_path / "text.txt"
     single.write_text("<unk> a\n" * 200, encoding="utf-8")
     assert corpus.load(str(single)).oov["train"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_what_a_text_says_of_a_comparison_on_it(tmp_path: Path) -> None:
+    lines = ("a b c d\n", "b a b a\n", "c\n")
+    for split, text in (("train", "".join(lines)), ("valid", "a\n"), ("test", "a b c d\nc\nb b b b\n")):
+        (tmp_path / f"toy.{split}.txt").write_text(text, encoding="utf-8")
+    facts = corpus.load(str(tmp_path), min_count=1).facts()
+    assert facts["copied"] == pytest.approx(5 / 12)  # the line "c" is too short to be a copy
+    counts = {"a": 3 + 1, "b": 3 + 1, "c": 2 + 1, "d": 1 + 1, "<eos>": 3 + 1, "<unk>": 0 + 1}
+    test = ["a", "b", "c", "d", "<eos>", "c", "<eos>", "b", "b", "b", "b", "<eos>"]
+    surprise = -sum(math.log(counts[word] / sum(counts.values())) for word in test) / len(test)
+    assert facts["unigram_ppl"] == pytest.approx(math.exp(surprise))
 
 
 def test_the_report_says_how_the_text_was_split(tmp_path: Path) -> None:

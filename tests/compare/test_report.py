@@ -49,7 +49,7 @@ def test_json_holds_the_schema(trained: tuple[dict[str, Any], Path]) -> None:
     assert data["config"]["seeds"] == [1, 2]
     assert set(data["corpus"]) == {
         "name", "split", "vocabulary", "tokens", "oov_rate", "unknown_words", "vocabulary_facts", "sha256",
-        "whole_training_text",
+        "whole_training_text", "unigram_ppl", "copied",
     }  # fmt: skip
     assert list(data["variants"]) == ["baseline", "al", "re", "real", "ls", "re-ls"]
     assert {n: v["control"] and v["control"]["name"] for n, v in data["variants"].items()} == {

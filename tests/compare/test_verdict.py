@@ -113,6 +113,8 @@ def test_verdict_of_one_seed_is_neither_yes_nor_no_nor_a_draw(
     assert data["verdict"][0].startswith(start)
     assert data["outcome"] == outcome
     assert "for another text of this kind" in data["verdict"][0]
+    assert "p =" not in data["verdict"][0], "that of the text alone sounds surer than one seed is"
+    assert "p <" not in data["verdict"][0]
     assert ("--seeds 3" in data["verdict"][1]) == (outcome == "one seed")
     assert "one random seed" in data["limits"][0]
 
@@ -179,6 +181,29 @@ def test_many_unknown_words_are_said(share: float, said: bool) -> None:
     rates = {"train": share, "valid": share, "test": share}
     text = " ".join(built(3, corpus={"oov_rate": rates}, baseline=three(100.0), real=three(95.0))["verdict"])
     assert ("60% of the test tokens are words outside the vocabulary" in text) == said
+
+
+@pytest.mark.parametrize(
+    ("counts", "outcome", "start"),
+    [
+        (101.0, "yes", "Yes"),
+        (99.0, "yes", "Yes"),
+        (94.0, "undecided", "Undecided: neither +REAL (test"),
+    ],
+)
+def test_models_that_predict_no_better_than_word_counts_decide_nothing(counts: float, outcome: str, start: str) -> None:
+    data = built(3, corpus={"unigram_ppl": counts}, baseline=three(100.0), real=three(95.0, parameters=600))
+    assert data["outcome"] == outcome
+    assert data["verdict"][0].startswith(start)
+    said = [s for s in data["verdict"] if "The baseline is no better than word counts (99.0)" in s]
+    assert len(said) == (counts == 99.0)
+    assert f"here: {outcome}" in data["checklist"][0]["go_on_if"]
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.04, False), (0.5, True)])
+def test_text_that_is_in_training_too_is_said(share: float, said: bool) -> None:
+    text = " ".join(built(3, corpus={"copied": share}, baseline=three(100.0), real=three(95.0))["verdict"])
+    assert ("50% of the test text stands in the training text word for word" in text) == said
 
 
 def test_what_may_make_fewer_words_unknown() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .settings import CompareError
+from .text_checks import copied_share, unigram_perplexity
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class Corpus:
             "oov_rate": self.oov,
             "unknown_words": [list(pair) for pair in self.unknown],
             "vocabulary_facts": self.known or {},
+            "unigram_ppl": unigram_perplexity(self.train, self.test, len(self.words)),
+            "copied": copied_share(self.train, self.test, self.eos),
             "sha256": digest.hexdigest(),
         }
 

@@ -242,11 +242,11 @@ def ordered(variants: Iterable[str]) -> list[Variant]:
 
 
 def parse_duration(text: str) -> float:
-    """`"90s"`, `"15m"`, `"1.5h"` or a number of seconds -> seconds. Raises CompareError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip().lower())
+    """`"90s"`, `"15m"` or `"1.5h"` -> seconds. Raises CompareError for anything else, a number without unit too."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", str(text).strip().lower())
     if not match or not float(match[1]):
         raise CompareError(f"{text!r} is not a time: expected a number above 0 with s, m or h, such as 90s, 15m, 2h")
-    return float(match[1]) * UNITS[match[2] or "s"]
+    return float(match[1]) * UNITS[match[2]]
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

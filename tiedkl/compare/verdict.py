@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from .tables import number, span
 MARGIN = 1.0  # per cent of perplexity that nobody would change a model for
 LEVEL = 0.05
 UNKNOWN = 10.0  # per cent of the test tokens, from which the verdict speaks of unknown words
+COPIED = 5.0  # per cent of the test tokens, from which it speaks of text that is in the training text too
 # per cent of cross-entropy; LSTMs (examples/ptb) with an output bias, the default initial embedding and alpha * KL up
 # to 1.5% came out from 0.9% worse to 1.4% better than without the loss on test; with 1.6 to 9% better on parts of the
 # Penn Treebank, and from 0.1% better to 2.5% worse on all of it; from 12% training failed
@@ -165,7 +167,7 @@ def verdict(
         outcome = outcomes(variants)[name]
         rivals = _rivals(variants, name)
         sentences = _against_baseline(variants, name, outcome, corpus, rivals)
-        outcome = "undecided" if rivals else outcome
+        outcome = "undecided" if rivals or len(_untaught(variants, name, corpus)) == 2 else outcome
     elif len(done) >= 2:
         first = min(done.values(), key=lambda v: v["test_ppl"])
         baseline = "has not been trained to the end" if "baseline" in variants else "was not part of this test"
@@ -227,8 +229,22 @@ def _against_baseline(
 ) -> list[str]:
     v, base = variants[name], variants["baseline"]
     answer = _answer(v, outcome, diverged(variants, name, "baseline"), rivals, _method(variants))
+    untaught = _untaught(variants, name, corpus)
+    if len(untaught) == 2:
+        new, old = v["evidence"]["test_ppl"]
+        answer = (
+            f"Undecided: neither {v['label']} (test perplexity {new:.1f}) nor the baseline ({old:.1f}) predicts unseen "
+            f"text better than word counts do ({corpus['unigram_ppl']:.1f}): they have learned nothing of its order."
+        )
     sentences = [_of_a_part(answer, corpus)]
-    if outcome == "one seed":
+    if len(untaught) == 1:
+        sentences.append(
+            f"The {untaught[0]} is no better than word counts ({corpus['unigram_ppl']:.1f}): its training has hardly "
+            "begun."
+        )
+    if untaught:
+        sentences.append("More --epochs, or a larger --lr, may change the answer.")
+    if outcome == "one seed" and len(untaught) < 2:
         sentences.append("Whether another random seed says the same is not known: --seeds 3 finds out.")
     if v["tied"]:
         sentences.append(
@@ -244,12 +260,23 @@ def _against_baseline(
             f"{unknown:.0f}% of the test tokens are words outside the vocabulary, all of them <unk>: much of what is "
             f"compared is how well that is predicted. {_wider_vocabulary(corpus)} may change the answer."
         )
+    if (copied := 100 * corpus.get("copied", 0.0)) > COPIED:
+        sentences.append(
+            f"{copied:.0f}% of the test text stands in the training text word for word: much of what is compared is "
+            "how well that is remembered. Without copies the answer may be another."
+        )
     sentences += _early(variants, name, corpus)
     better = [n for n, said in outcomes(variants).items() if said in ("yes", "one seed")]
     if not any(variants[n]["augmented"] and variants[n]["evidence"]["percent"] <= -MARGIN for n in better):
         sentences += _strength(variants, corpus)
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
     return sentences
+
+
+def _untaught(variants: dict[str, Any], name: str, corpus: dict[str, Any]) -> list[str]:
+    """Which of the variant and the baseline predict the test text no better than word counts do."""
+    pair = zip((variants[name], variants["baseline"]), variants[name]["evidence"]["test_ppl"], strict=True)
+    return [v["label"] for v, ppl in pair if ppl >= corpus.get("unigram_ppl", math.inf)]
 
 
 def _of_a_part(answer: str, corpus: dict[str, Any]) -> str:
@@ -344,6 +371,7 @@ def _answer(
     new, old = evidence["test_ppl"]
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "for another text of this kind"
     p = "p < 0.001" if sure["p_holm"] < 0.001 else f"p = {sure['p_holm']:.3f}"
+    p = f", {p}" if n_seeds > 1 else ""  # of the text alone it would sound surer than one seed is
     figures = f"test perplexity {new:.1f} instead of {old:.1f}"
     signed = f"{number(change, '+.1f', '%')}, 95% interval {span((low, high), '+.1f', '%')}, {seeds}"
     small = f"is within {MARGIN:.0f}% of the baseline"
@@ -355,12 +383,12 @@ def _answer(
         else:
             size = f"{abs(change):.1f}% {'better' if change < 0 else 'worse'}"
             first = f"{label} predicts unseen text {size} than the baseline, but {why or f'{source} chance'}"
-        return f"Undecided: {first} ({signed}, {p}; {figures})."
+        return f"Undecided: {first} ({signed}{p}; {figures})."
     if abs(change) < MARGIN:
         start = "A draw" if outcome == "draw" else "One seed"
         return f"{start}: the best variant, {label}, {small}, and so is the whole interval ({signed}; {figures})."
     ends = (-high, -low) if change < 0 else (low, high)
-    proof = f"95% interval {span(ends, '.1f', '%')}, {seeds}, {p}; {figures}"
+    proof = f"95% interval {span(ends, '.1f', '%')}, {seeds}{p}; {figures}"
     start = "One seed" if outcome == "one seed" else "Yes" if change < 0 else "No"
     if change < 0:
         text = "the test text" if outcome == "one seed" else "unseen text"

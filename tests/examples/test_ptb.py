@@ -413,6 +413,7 @@ def test_the_papers_figures_stand_beside_the_best_training_on_validation(modules
     figures = {
         "small": {"a": run("re", 101.0, 80.0), "b": run("gamma=4", 10.0, 10.0)},
         "small40": {"a": run("re", 89.0, 85.1)},
+        "small100": {"a": run("al", 90.0, 86.0), "b": run("al,tau=10,gamma=0.8", 86.3, 82.9)},
         "wide": {"a": run("re", 50.0, 50.0)},  # a part of the text is not the paper's training
         "large": {"a": run("real", 71.1, None, status="partial", epochs_done=30.4)},
         "medium": {"a": run("al", None, None, status="partial", epochs_done=0.5)},
@@ -421,6 +422,7 @@ def test_the_papers_figures_stand_beside_the_best_training_on_validation(modules
     rows = {tuple(cells[:2]): cells[2:] for line in lines[2:] if (cells := line.strip("| ").split(" | "))}
     assert len(rows) == 12
     assert rows["200", "+RE"] == ["89.00", "89.9", "-1.0%", "85.10", "85.1", "0.0%", "`small40`, seed 1, 40 epochs"]
+    assert rows["200", "+AL"][-1] == "`small100`, τ = 10, γ = 0.8, seed 1, 40 epochs"
     stopped = "`large`, seed 1, 40 epochs, stopped after 30"
     assert rows["1,500", "+REAL"] == ["71.10", "71.1", "0.0%", "-", "68.5", "-", stopped]
     assert rows["650", "+AL"] == ["-", "77.4", "-", "-", "74.7", "-", "not trained"]

@@ -88,7 +88,7 @@ class FusedTiedLoss(nn.Module):
     loss = CE + alpha * KL(q || r), with logits z = input weight^T + bias, r = softmax(z / tau), and the target
     q = softmax(weight[target] weight^T / tau): words whose embeddings resemble the target's are pulled up with it.
     No (tokens x vocabulary) matrix is ever held. The module owns no parameters: the model keeps the one tied matrix.
-    Source: arXiv 1611.01462, equations 3.1-3.5; r has the bias, which the paper's has not (docs/math.md).
+    Source: arXiv 1611.01462, equations 3.1-3.5; r includes the bias, the paper's does not (docs/math.md).
 
     Args:
         temperature: tau > 0 of both distributions; the paper uses 10 to 20. With tied embeddings and a `gamma` that

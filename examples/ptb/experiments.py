@@ -2,13 +2,13 @@
 
 An experiment is a list of runs; a run is one variant, one seed, one set of settings on a part of the training text. The
 settings are those of `tiedkl.compare`. They follow Inan, Khosravi and Socher (2017) where the paper gives them, else
-its Keras reimplementation: two LSTM layers, SGD at rate 1 on sums over time steps, 20 sequences, 35 steps, rate times
-0.9 an epoch after the fifth, gradient norm 5 or 6, variational dropout. They depart from it in three things: the output
-bias of +RE and +REAL, which runs called "no bias" lack as the paper's do; that the KL sees the bias, which in those
-called "bias in CE" it does not; and schedules. The reimplementation's code multiplies the rate by 0.9 once in five
-epochs (200 units) or ten (650), by 0.97 every epoch (1500). `small` and `large` have shorter ones; `small42`,
-`medium76`, `medium110` and `large100` stay longer at the full rate, `small64` and `small100` let it fall more slowly
-than `small40`. Of these six all but `small42` have 40 sequences.
+its Keras reimplementation: two LSTM layers, SGD at rate 1 on sums over time steps, 20 sequences, 35 steps, gradient
+norm 5 or 6, variational dropout. Three things are others: the output bias of +RE and +REAL, which runs called "no bias"
+lack as the paper's do; that the KL sees the bias, which in those called "bias in CE" it does not; and the rate, which
+falls by 0.9 an epoch after the fifth, where the reimplementation's code multiplies by 0.9 once in five epochs (200
+units) or ten (650), by 0.97 every epoch (1500). `small` and `large` have shorter schedules; `small42`, `medium76`,
+`medium110` and `large100` stay longer at the full rate, `small64` and `small100` let it fall more slowly than
+`small40`. Of these six all but `small42` have 40 sequences.
 """
 
 from __future__ import annotations

@@ -50,10 +50,28 @@ def test_what_a_text_says_of_a_comparison_on_it(tmp_path: Path) -> None:
         (tmp_path / f"toy.{split}.txt").write_text(text, encoding="utf-8")
     facts = corpus.load(str(tmp_path), min_count=1).facts()
     assert facts["copied"] == pytest.approx(5 / 12)  # the line "c" is too short to be a copy
-    counts = {"a": 3 + 1, "b": 3 + 1, "c": 2 + 1, "d": 1 + 1, "<eos>": 3 + 1, "<unk>": 0 + 1}
+    counts = {"a": 3, "b": 3, "c": 2, "d": 1, "<eos>": 3, "<unk>": 0}
     test = ["a", "b", "c", "d", "<eos>", "c", "<eos>", "b", "b", "b", "b", "<eos>"]
-    surprise = -sum(math.log(counts[word] / sum(counts.values())) for word in test) / len(test)
-    assert facts["unigram_ppl"] == pytest.approx(math.exp(surprise))
+
+    def surprise(text: list[str], added: float) -> float:
+        total = sum(counts.values()) + added * len(counts)
+        return -sum(math.log((counts[word] + added) / total) for word in text) / len(text)
+
+    best = min((1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), key=lambda added: surprise(["a", "<eos>"], added))
+    assert best < 1.0
+    assert facts["unigram_ppl"] == pytest.approx(math.exp(surprise(test, best)))
+
+
+def test_unknown_words_are_no_copies_of_one_another(tmp_path: Path) -> None:
+    for split, names in (("train", "xy"), ("valid", "zz"), ("test", "uv")):
+        (tmp_path / f"toy.{split}.txt").write_text("".join(f"my name is {n} here\n" for n in names), encoding="utf-8")
+    assert corpus.load(str(tmp_path), min_count=2).facts()["copied"] == 0.0
+
+
+def test_a_text_without_ends_has_no_copies_to_count(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"toy.{split}.txt").write_text("a b " * 300, encoding="utf-8")
+    assert corpus.load(str(tmp_path)).facts()["copied"] is None
 
 
 def test_the_report_says_how_the_text_was_split(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tiedkl.compare import CompareError, compare
 from tiedkl.compare.lock import locked
-from tiedkl.compare.store import LOCK
+from tiedkl.compare.store import LOCK, Store
 
 from .test_resume import killed_after, numbers
 
@@ -60,6 +60,14 @@ def test_a_comparison_of_an_earlier_version_goes_on(toy: Any, tmp_path: Path) ->
         compare(toy(epochs=1, embedding_range=0.3))
     with pytest.raises(CompareError, match="target_grad=False, now True"):
         compare(toy(epochs=1, target_grad=True))
+
+
+def test_a_budget_without_a_unit_was_in_seconds(tmp_path: Path) -> None:
+    for budget, read in (("900", "900s"), ("1.5", "1.5s"), ("15m", "15m"), (None, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"corpus": "x", "budget": budget}))
+        found = Store(str(tmp_path)).config()
+        assert found is not None
+        assert found["budget"] == read
 
 
 def test_damaged_files_are_named(toy: Any, tmp_path: Path) -> None:

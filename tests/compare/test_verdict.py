@@ -184,26 +184,45 @@ def test_many_unknown_words_are_said(share: float, said: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "outcome", "start"),
+    ("counts", "outcome", "start", "worse"),
     [
-        (101.0, "yes", "Yes"),
-        (99.0, "yes", "Yes"),
-        (94.0, "undecided", "Undecided: neither +REAL (test"),
+        (101.0, "yes", "Yes", None),
+        (99.0, "yes", "Yes", "The baseline"),
+        (94.0, "undecided", "Undecided: neither +REAL (test", None),
     ],
 )
-def test_models_that_predict_no_better_than_word_counts_decide_nothing(counts: float, outcome: str, start: str) -> None:
-    data = built(3, corpus={"unigram_ppl": counts}, baseline=three(100.0), real=three(95.0, parameters=600))
+def test_models_that_predict_no_better_than_word_counts_decide_nothing(
+    counts: float, outcome: str, start: str, worse: str | None
+) -> None:
+    runs = {"re": three(97.0, parameters=600), "real": three(95.0, parameters=610)}
+    data = built(3, corpus={"unigram_ppl": counts}, baseline=three(100.0), **runs)
     assert data["outcome"] == outcome
     assert data["verdict"][0].startswith(start)
-    said = [s for s in data["verdict"] if "The baseline is no better than word counts (99.0)" in s]
-    assert len(said) == (counts == 99.0)
+    said = [s for s in data["verdict"] if "is no better than word counts" in s]
+    assert said == ([f"{worse} is no better than word counts ({counts:.1f})."] if worse else [])
+    assert any("too short, or failed" in s for s in data["verdict"]) == (counts < 100.0)
+    rest = next(s for s in data["verdict"] if s.startswith("The others"))
+    assert ("; undecided)" in rest) == (counts == 94.0), "+RE is no better than counts either"
     assert f"here: {outcome}" in data["checklist"][0]["go_on_if"]
 
 
-@pytest.mark.parametrize(("share", "said"), [(0.04, False), (0.5, True)])
-def test_text_that_is_in_training_too_is_said(share: float, said: bool) -> None:
+def test_a_variant_worse_than_word_counts_is_said() -> None:
+    data = built(3, corpus={"unigram_ppl": 103.0}, baseline=three(100.0), real=three(105.0))
+    assert "+REAL is no better than word counts (103.0)." in data["verdict"]
+    assert data["outcome"] == "no"
+
+
+def test_a_proven_gain_below_word_counts_does_not_hide_one_above() -> None:
+    runs = {"re": three(90.0, spread=0.08, parameters=600), "real": three(95.0, parameters=610)}
+    assert built(3, baseline=three(100.0), **runs)["verdict"][0].startswith("Yes: +REAL")
+    above = built(3, corpus={"unigram_ppl": 94.5}, baseline=three(100.0), **runs)
+    assert above["verdict"][0].startswith("Undecided: +RE predicts unseen text")
+
+
+@pytest.mark.parametrize(("share", "said"), [(None, False), (0.049, False), (0.051, True)])
+def test_text_that_is_in_training_too_is_said(share: float | None, said: bool) -> None:
     text = " ".join(built(3, corpus={"copied": share}, baseline=three(100.0), real=three(95.0))["verdict"])
-    assert ("50% of the test text stands in the training text word for word" in text) == said
+    assert ("of the test text stands in the training text word for word" in text) == said
 
 
 def test_what_may_make_fewer_words_unknown() -> None:

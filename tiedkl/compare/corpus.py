@@ -52,6 +52,7 @@ class Corpus:
     unknown: tuple[tuple[str, int], ...] = ()  # the most frequent unknown words of validation and test
     known: dict[str, Any] | None = None  # what else the report says about the vocabulary
     whole: int | None = None  # training tokens before `max_tokens` shortened them
+    copied: float | None = None  # share of the test tokens in lines or paragraphs that are in the training text, 0..1
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the corpus; `sha256` identifies the token streams and the vocabulary."""
@@ -67,8 +68,8 @@ class Corpus:
             "oov_rate": self.oov,
             "unknown_words": [list(pair) for pair in self.unknown],
             "vocabulary_facts": self.known or {},
-            "unigram_ppl": unigram_perplexity(self.train, self.test, len(self.words)),
-            "copied": copied_share(self.train, self.test, self.eos),
+            "unigram_ppl": unigram_perplexity(self.train, self.valid, self.test, len(self.words)),
+            "copied": self.copied,
             "sha256": digest.hexdigest(),
         }
 
@@ -118,8 +119,10 @@ def read(
             known = tool.facts(ratio, ids["train"])
             oov = {k: v.count(tool.unk) / len(v) if tool.unk is not None else 0.0 for k, v in ids.items()}
             train, valid, test = (torch.tensor(ids[k], dtype=torch.int64) for k in SPLITS)
-            whole = len(encoded["train"])
-            return Corpus(name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known, whole=whole)
+            whole, copied = len(encoded["train"]), copied_share(ids["train"], ids["test"], tool.eos)
+            return Corpus(
+                name, split, tool.tokens, train, valid, test, oov, tool.eos, known=known, whole=whole, copied=copied
+            )
 
         return of_subwords
 
@@ -137,8 +140,11 @@ def read(
         oov = {k: sum(w == UNK or w not in index for w in v) / len(v) for k, v in short.items()}
         unknown = Counter(w for k in ("valid", "test") for w in short[k] if w not in index).most_common(N_UNKNOWN)
         known = {"kind": kind, "distinct_training_words": distinct, "coverage": {k: 1.0 - v for k, v in oov.items()}}
-        whole = len(texts["train"])
-        return Corpus(name, split, words, train, valid, test, oov, unknown=tuple(unknown), known=known, whole=whole)
+        whole, copied = len(texts["train"]), copied_share(short["train"], short["test"], EOS)
+        return Corpus(
+            name, split, words, train, valid, test, oov,
+            unknown=tuple(unknown), known=known, whole=whole, copied=copied,
+        )  # fmt: skip
 
     return of_words
 

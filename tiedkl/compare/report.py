@@ -13,7 +13,8 @@ The dictionary, `SCHEMA` 2:
                 seeds, or null; curves, averaged over seeds, train_ce being what was trained on, with label smoothing
                 where there is some; runs, `Trainer.result` of each seed (taken_from: the comparison that trained it,
                 where that was another); loss_memory and training_memory in bytes (memory.py); change, per cent against
-                the baseline; evidence, how sure that change is (evidence.py), or null; control, for a variant with the
+                the baseline; evidence, how sure that change is (evidence.py), and beyond_counts, whether either of the
+                two predicts the test text better than word counts do, or null; control, for a variant with the
                 augmented loss beside the same with label smoothing: the evidence of its change against that, and that
                 one's `name`, or null; kl_share, alpha * KL on the training text in the last epoch of the seeds that are
                 done, in per cent of its cross-entropy, or null without such a seed or without the augmented loss
@@ -72,6 +73,9 @@ def build(
     adjust(evidence)
     controls = {n: against(runs[CONTROLS[n]], part) for n, part in runs.items() if CONTROLS.get(n) in runs}
     adjust(controls)
+    counts = corpus.get("unigram_ppl")
+    for change in filter(None, (*evidence.values(), *controls.values())):
+        change["beyond_counts"] = counts is None or min(change["test_ppl"]) < counts
     for name, v in variants.items():
         found = v["evidence"] = evidence.get(name)
         control = controls.get(name)

@@ -113,6 +113,9 @@ class Store:
             raise CompareError(
                 f"{self.path / own[-1]} is not of a comparison, or damaged: move it away, or choose another --out"
             )
+        budget = old.get("budget")
+        if isinstance(budget, str) and budget.replace(".", "", 1).isdigit():
+            old["budget"] = f"{budget}s"  # of a version that took seconds without a unit
         return old
 
     def save(self, variant: str, state: dict[str, Any]) -> None:

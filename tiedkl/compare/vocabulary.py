@@ -18,7 +18,8 @@ def vocabulary(corpus: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]
         seen = known["share_of_vocabulary_seen_in_training"]
         facts.append(("tokens a word", f"{known['tokens_per_word']:.2f}"))
         facts.append(("seen in training", f"{100 * seen:.1f}% of the vocabulary"))
-    if "unigram_ppl" in corpus:
-        facts.append(("test perplexity of counting words", f"{corpus['unigram_ppl']:,.1f}, which knows no order"))
-        facts.append(("test text that stands in the training text", f"{100 * corpus['copied']:.1f}%"))
+    if (counts := corpus.get("unigram_ppl")) is not None:
+        facts.append(("test perplexity of token counts alone", f"{counts:,.1f}"))
+    if (copied := corpus.get("copied")) is not None:
+        facts.append(("test text that is in the training text too", f"{100 * copied:.1f}%"))
     return facts, [f"{word} ({count})" for word, count in corpus["unknown_words"]]

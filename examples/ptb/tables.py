@@ -93,8 +93,8 @@ The rate falls by a tenth an epoch after the fifth. Unlike the paper's, +RE and 
 other dropout masks.""",
     "small100": """\
 40 sequences instead of 20, and a rate that falls by 3.8% an epoch after the fifteenth. Unlike the paper's, +RE and
-+REAL have an output bias. +AL was trained on a GPU, with tf32 products; the others on two threads of a CPU, after four
-epochs on one, where MKL was made to take its AVX-512 path, which it leaves alone on AMD's processors (a preloaded
++REAL have an output bias. +AL was trained on a GPU, with tf32 products; the others on two threads of a CPU (+REAL after
+four epochs on one), where MKL was made to take its AVX-512 path, which it leaves alone on AMD's processors (a preloaded
 mkl_serv_intel_cpu_true).""",
     "medium": """\
 40 epochs, the rate falling by a tenth an epoch after the fifth. Unlike the paper's, +REAL has an output bias. Trained

@@ -129,7 +129,8 @@ what it does.""",
 CONTROLS = ("real", "al", "re", "baseline")
 NOT_OF_THE_LOSS = ("no bias", "embedding=")  # parts of a label that a run without the loss has too
 SMOOTHED = "re,smoothing=0.1"
-FAR_END = {"al": "al,tau=10,gamma=0.8", "real": "tau=10,gamma=0.8"}  # of what the paper gives; `experiments._far_end`
+# the label of a variant with the loss at the far end of what the paper gives
+FAR_END = {run.variant: run.label for run in experiments()["small100"] if run.label not in VARIANTS}
 WITHOUT_LOSS = {"al": "baseline", "real": "re"}  # the label of the same model without the augmented loss
 BEGIN, END = "<!-- against the paper: python examples/ptb/tables.py -->", "<!-- end of against the paper -->"
 Figures = dict[str, Any]  # of the runs of one experiment, by name
@@ -245,9 +246,9 @@ def against_paper(found: dict[str, Figures]) -> str:
                 cells += [number(ours, ".2f"), f"{of_paper:.1f}", number(difference, "+.1f", "%")]
             if best:
                 stopped = "" if best["status"] == "done" else f", stopped after {best['epochs_done']:.0f}"
-                s = best["settings"] if best["label"] != label else None
-                strength = f", τ = {s['temperature']:g}, γ = {s['gamma']:g}" if s else ""
-                which = f"`{experiment}`{strength}, seed {best['seed']}, {best['epochs_planned']} epochs{stopped}"
+                strength = ", τ = {temperature:g}, γ = {gamma:g}"
+                loss = "" if best["label"] == label else strength.format(**best["settings"])
+                which = f"`{experiment}`{loss}, seed {best['seed']}, {best['epochs_planned']} epochs{stopped}"
             rows.append([f"{units:,}", name_of(label), *cells, which])
     return markdown(columns, rows)
 

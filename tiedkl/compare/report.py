@@ -73,9 +73,8 @@ def build(
     adjust(evidence)
     controls = {n: against(runs[CONTROLS[n]], part) for n, part in runs.items() if CONTROLS.get(n) in runs}
     adjust(controls)
-    counts = corpus.get("unigram_ppl")
     for change in filter(None, (*evidence.values(), *controls.values())):
-        change["beyond_counts"] = counts is None or min(change["test_ppl"]) < counts
+        change["beyond_counts"] = min(change["test_ppl"]) < corpus.get("unigram_ppl", math.inf)
     for name, v in variants.items():
         found = v["evidence"] = evidence.get(name)
         control = controls.get(name)

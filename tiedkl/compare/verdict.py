@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -229,16 +230,18 @@ def _against_baseline(
 ) -> list[str]:
     v, base = variants[name], variants["baseline"]
     answer = _answer(v, outcome, diverged(variants, name, "baseline"), rivals, _method(variants))
-    counts = corpus.get("unigram_ppl")
-    new, old = v["evidence"]["test_ppl"]
-    if not v["evidence"].get("beyond_counts", True):
+    counts, (new, old) = corpus.get("unigram_ppl", math.inf), v["evidence"]["test_ppl"]
+    untaught = [who for who, ppl in ((v["label"], new), ("The baseline", old)) if ppl >= counts]
+    if len(untaught) == 2:
         answer = (
             f"Undecided: neither {v['label']} (test perplexity {new:.1f}) nor the baseline ({old:.1f}) predicts unseen "
             f"text better than word counts do ({counts:.1f}), which know nothing of its order."
         )
     sentences = [_of_a_part(answer, corpus)]
-    if counts is not None and max(new, old) >= counts:
-        sentences += _untaught(v["label"] if new >= counts else "", "baseline" if old >= counts else "", counts)
+    if len(untaught) == 1:
+        sentences.append(f"{untaught[0]} is no better than word counts ({counts:.1f}).")
+    if untaught:
+        sentences.append("Such a training was too short, or failed.")
     if outcome == "one seed":
         sentences.append("Whether another random seed says the same is not known: --seeds 3 finds out.")
     if v["tied"]:
@@ -266,13 +269,6 @@ def _against_baseline(
         sentences += _strength(variants, corpus)
     sentences.append("Perplexity: among how many equally likely words the model hesitates on average. Less is better.")
     return sentences
-
-
-def _untaught(label: str, baseline: str, counts: float) -> Iterator[str]:
-    """What to do where one of the two, or both, are no better than word counts."""
-    if not (label and baseline):
-        yield f"{label or 'The baseline'} is no better than word counts ({counts:.1f})."
-    yield "Such a training was too short, or failed."
 
 
 def _of_a_part(answer: str, corpus: dict[str, Any]) -> str:
